@@ -1,0 +1,340 @@
+"""The config as types: a dataclass a group, chosen by the group's `name`. Values, meanings and units stand in the YAML files.
+
+No defaults here: each number has one place, and that is its file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from helios_train.conf.values import Range
+
+Count = Annotated[int, Range(at_least=0)]
+Positive = Annotated[int, Range(at_least=1)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
+Above0 = Annotated[float, Range(above=0)]
+AtLeast0 = Annotated[float, Range(at_least=0)]
+Decay = Annotated[float, Range(at_least=0, below=1)]
+Sigma = Annotated[float, Range(above=0, at_most=1)]
+Pixels = Annotated[int, Range(at_least=16, multiple=16)]
+Draw = Literal["sample", "micro_batch"]
+Weights = Literal["auto", "ema", "last"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The verb."""
+
+    name: Literal["train", "prepare", "merge", "sample"]
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Keys of task=prepare."""
+
+    source: str | None
+    shard_samples: Positive
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Keys of task=merge."""
+
+    output: str | None
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Keys of task=sample."""
+
+    prompt: str | tuple[str, ...] | None
+    count: Positive
+    sections: Positive
+    steps: Positive
+    guidance: AtLeast0
+    solver: Literal["unipc", "euler"]
+    weights: Weights
+    output: str
+    fps: Positive
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters and what trains in full beside them."""
+
+    rank: Positive
+    alpha: Above0
+    patch_embedding: bool
+    history_patches: bool
+
+
+@dataclass(frozen=True)
+class Mix:
+    """True shares of the history mix."""
+
+    t2v: Share
+    i2v: Share
+    v2v: Share
+    full: Share
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """Frame-Aware Corrupt."""
+
+    noise: Share
+    blur: Share
+    saturation: Share
+    clean: Share
+    saturation_on_top: Share
+    noise_max: Sigma
+    blur_min: Sigma
+    segments: Literal["own", "published"]
+    draw: Draw
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Which noise levels are trained, and how they weigh."""
+
+    density: Literal["logit_normal", "uniform", "mode"]
+    logit_mean: float
+    logit_std: Above0
+    mode_scale: float
+    weighting: Literal["none", "sigma_sqrt", "cosmap"]
+    stratified: bool
+    shift: Above0
+    dynamic_shift: Literal["none", "exponential", "linear"]
+    shift_cap: Above0 | None
+
+
+@dataclass(frozen=True)
+class Ema:
+    """Moving average of the weights."""
+
+    decay: Decay
+    start: Count
+
+
+@dataclass(frozen=True)
+class BaseStage:
+    """Keys of stage=base."""
+
+    name: Literal["base"]
+    trainable: Literal["auto", "lora", "full"]
+    lora: Lora
+    mix: Mix
+    corrupt: Corrupt
+    flow: Flow
+    caption_drop: Share | None
+    ema: Ema
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which published behaviour the run follows; `sources` maps a key to where its number comes from."""
+
+    name: str
+    about: str
+    sources: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape of the transformer."""
+
+    name: str
+    heads: Positive
+    head_dim: Positive
+    layers: Positive
+    ffn_dim: Positive
+    text_dim: Positive
+    freq_dim: Annotated[int, Range(at_least=2, multiple=2)]
+    rope_dim: tuple[
+        Annotated[int, Range(at_least=2, multiple=2)],
+        Annotated[int, Range(at_least=2, multiple=2)],
+        Annotated[int, Range(at_least=2, multiple=2)],
+    ]
+    rope_theta: Above0
+    dtype: Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class DctCodec:
+    """Keys of codec=dct."""
+
+    name: Literal["dct"]
+
+
+@dataclass(frozen=True)
+class HashText:
+    """Keys of text=hash."""
+
+    name: Literal["hash"]
+    rows: Positive
+    dim: Positive
+
+
+@dataclass(frozen=True)
+class Data:
+    """What every data option has."""
+
+    root: str
+    size: tuple[Pixels, Pixels]
+    global_batch: Positive
+    micro_batch: Positive
+    workers: Count
+    held_out: Count
+
+
+@dataclass(frozen=True)
+class ToyVideos:
+    """What the rendered videos show."""
+
+    clips: Positive
+    sections: Positive
+    shapes: tuple[str, ...]
+    radius: tuple[Above0, Above0]
+    speed: tuple[AtLeast0, AtLeast0]
+    motion_in_caption: bool
+    fps: Positive
+    seed: Count
+
+
+@dataclass(frozen=True)
+class ToyData(Data):
+    """Keys of data=toy."""
+
+    name: Literal["toy"]
+    toy: ToyVideos
+
+
+@dataclass(frozen=True)
+class FolderData(Data):
+    """Keys of data=folder."""
+
+    name: Literal["folder"]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Keys of every optimizer option."""
+
+    name: Literal["adamw", "adamw8bit"]
+    lr: Above0
+    betas: tuple[Decay, Decay]
+    eps: Above0
+    weight_decay: AtLeast0
+    clip: Above0
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup: Count
+    decay: Share
+    total: Positive
+
+
+@dataclass(frozen=True)
+class PlainMemory:
+    """Keys of memory=plain."""
+
+    name: Literal["plain"]
+    checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The loop and its devices."""
+
+    name: Literal["default"]
+    max_steps: Positive
+    devices: Positive
+    accelerator: Literal["auto", "cpu", "gpu"]
+    log_every: Positive
+    progress: bool
+    nonfinite_limit: Positive
+
+
+@dataclass(frozen=True)
+class CsvLogger:
+    """Keys of logger=csv."""
+
+    name: Literal["csv"]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is looked at while training."""
+
+    name: Literal["default"]
+    every: Count
+    clips: Positive
+    sigmas: tuple[Sigma, ...]
+    sample: bool
+    sample_steps: Positive
+    sample_guidance: AtLeast0
+    sample_sections: Positive
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A named run; its name is part of the run folder's."""
+
+    name: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When weights are saved and how many files stay."""
+
+    every: Positive
+    keep: Positive
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole config. Order matters for messages: what others interpolate (trainer, data) is read first."""
+
+    task: Task
+    stage: BaseStage
+    trainer: Trainer
+    data: ToyData | FolderData
+    recipe: Recipe
+    model: Model
+    codec: DctCodec
+    text: HashText
+    optimizer: Optimizer
+    memory: PlainMemory
+    logger: CsvLogger
+    watch: Watch
+    experiment: Experiment
+    checkpoint: Checkpoint
+    run_dir: str | None
+    resume: str | None
+    init: str | None
+    seed: Count
+    prepare: Prepare | None = None
+    merge: Merge | None = None
+    sample: Sample | None = None
+
+
+# Group -> its classes by `name`; "" stands for any other name. A later stage is one more entry of "stage".
+GROUPS: dict[str, dict[str, type]] = {
+    "task": {"": Task},
+    "stage": {"base": BaseStage},
+    "recipe": {"": Recipe},
+    "model": {"": Model},
+    "codec": {"dct": DctCodec},
+    "text": {"hash": HashText},
+    "data": {"toy": ToyData, "folder": FolderData},
+    "optimizer": {"": Optimizer},
+    "memory": {"plain": PlainMemory},
+    "trainer": {"": Trainer},
+    "logger": {"csv": CsvLogger},
+    "watch": {"": Watch},
+    "experiment": {"": Experiment},
+}
+# Task -> the class of the keys that stand under its name.
+TASKS: dict[str, type] = {"prepare": Prepare, "merge": Merge, "sample": Sample}

@@ -1,0 +1,77 @@
+"""What the loader yields: windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from helios_train.data.order import Ref
+from helios_train.history import History
+
+
+@dataclass(frozen=True)
+class Window:
+    """Target and history of one section of each of B clips, with their text and their places in the run."""
+
+    target: Tensor  # [B, C, 9, H, W] fp32
+    history: History
+    text: Tensor  # [B, rows, dim] fp32, rows past the prompt zero
+    refs: tuple[Ref, ...]
+    sections: tuple[int, ...]
+
+    @property
+    def positions(self) -> list[int]:
+        """Places in the global batch."""
+        return [ref.position for ref in self.refs]
+
+    @property
+    def iteration(self) -> int:
+        """The iteration this window belongs to, counted from 0."""
+        return self.refs[0].iteration
+
+    def to(self, device: torch.device | str) -> Window:
+        """The same window on another device."""
+        return replace(self, target=self.target.to(device), history=self.history.to(device), text=self.text.to(device))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sample of a window, as a worker cuts it."""
+
+    target: Tensor  # [C, 9, H, W]
+    frames: Tensor  # [C, 19, H, W]
+    anchor: Tensor  # [C, 1, H, W]
+    text: Tensor  # [rows, dim]
+    ref: Ref
+    section: int
+    count: int
+    anchored: bool
+
+
+def stack(pieces: Sequence[Piece]) -> Window:
+    """One window out of samples of one shape."""
+    return Window(
+        target=torch.stack([piece.target for piece in pieces]),
+        history=History(
+            frames=torch.stack([piece.frames for piece in pieces]),
+            anchor=torch.stack([piece.anchor for piece in pieces]),
+            counts=tuple(piece.count for piece in pieces),
+            anchored=tuple(piece.anchored for piece in pieces),
+        ),
+        text=torch.stack([piece.text for piece in pieces]),
+        refs=tuple(piece.ref for piece in pieces),
+        sections=tuple(piece.section for piece in pieces),
+    )
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """Collate function: a rank's share of a global batch as a list of micro-batches."""
+
+    size: int
+
+    def __call__(self, pieces: list[Piece]) -> list[Window]:
+        return [stack(pieces[at : at + self.size]) for at in range(0, len(pieces), self.size)]

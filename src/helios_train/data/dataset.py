@@ -1,0 +1,45 @@
+"""Windows cut out of the shards, reading only the byte ranges a window needs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from helios_train import rng
+from helios_train.data.batch import Piece
+from helios_train.data.index import ClipStore
+from helios_train.data.order import Ref
+from helios_train.errors import InputError
+from helios_train.history import windows
+
+
+class WindowDataset(Dataset[Piece]):
+    """Sample -> one window of it. Map-style: everything random is drawn from (seed, purpose, epoch, sample id)."""
+
+    def __init__(self, store: ClipStore, rows: int, seed: int, caption_drop: float = 0.0):
+        """`rows`: text rows a sample is padded to; `caption_drop`: share of samples that train with the null text."""
+        self.store, self.rows, self.seed, self.caption_drop = store, rows, seed, caption_drop
+
+    def __getitem__(self, ref: Ref) -> Piece:
+        sections = self.store.section_count(ref.sample)
+        section = int(rng.generator(self.seed, "section", ref.epoch, ref.sample).integers(sections))
+        dropped = rng.generator(self.seed, "caption drop", ref.epoch, ref.sample).random() < self.caption_drop
+        return self.piece(ref, section, dropped)
+
+    def piece(self, ref: Ref, section: int, dropped: bool = False) -> Piece:
+        """The window of a chosen section; `dropped` gives it the null text. fp32."""
+        where = windows.span(section, self.store.section_count(ref.sample))
+        latents = self.store.sections(ref.sample, where.first, section + 1).float()
+        first = latents if where.first == 0 else self.store.sections(ref.sample, 0, 1).float()
+        target, frames, anchor = windows.cut(latents, first[0, :, 0], where)
+        return Piece(target, frames, anchor, self.text(ref.sample, dropped), ref, section, where.count, where.anchored)
+
+    def text(self, sample: int, dropped: bool = False) -> torch.Tensor:
+        """Text rows `[rows, dim]` fp32 of a clip, zero past the prompt, all zero if `dropped`."""
+        text = self.store.text(sample).float()
+        if text.shape[0] > self.rows:
+            raise InputError(
+                f"{self.store.key(sample)} has {text.shape[0]} text rows, the model takes {self.rows}: prepare it again with text.rows={self.rows}"
+            )
+        return F.pad(text * (not dropped), (0, 0, 0, self.rows - text.shape[0]))

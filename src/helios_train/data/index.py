@@ -1,0 +1,200 @@
+"""Reading shards: any section of any clip by its byte range, checked on every read.
+
+Nothing is opened before it is needed, and what is open belongs to one process: a store can be pickled into a worker or carried
+over a fork. Sample ids number the samples of the manifest's shards in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from helios_train.data.format import LATENTS, MANIFEST, MEMBERS, META, TEXT, Bucket, ShardInfo, read_manifest, sha256_of
+from helios_train.errors import InputError
+
+OPEN_FILES = 128  # shards kept open at once in a process
+REMEDY = "copy the shard and its index again from their source, or run task=prepare again"
+
+
+@dataclass(frozen=True)
+class StoreBucket:
+    """One shape of clips: F frames, H and W in pixels; for each of its shards the size and the id of its first sample."""
+
+    frames: int
+    height: int
+    width: int
+    shard_sizes: tuple[int, ...]
+    first_ids: tuple[int, ...]
+
+
+class ClipStore:
+    """The prepared clips under `root`; `manifest` is what dataset.json says.
+
+    InputError when there is no usable manifest; later, when a shard or an index is missing, cut short or damaged.
+    """
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root)
+        self.manifest = read_manifest(self.root)
+        sizes = np.array([shard.nsamples for shard in self.manifest.shards], dtype=np.int64)
+        self._ends = np.cumsum(sizes)
+        self._buckets = {bucket.name: bucket for bucket in self.manifest.buckets}
+        self.buckets = self._by_shape(sizes)
+        self._indices: dict[int, dict[str, NDArray[Any]]] = {}
+        self._forget()
+
+    def _by_shape(self, sizes: NDArray[np.int64]) -> tuple[StoreBucket, ...]:
+        places: dict[str, list[int]] = {name: [] for name in self._buckets}
+        for number, shard in enumerate(self.manifest.shards):
+            places[shard.bucket].append(number)
+        firsts = self._ends - sizes
+        return tuple(
+            StoreBucket(bucket.frames, bucket.height, bucket.width, tuple(sizes[own].tolist()), tuple(firsts[own].tolist()))
+            for bucket, own in ((self._buckets[name], numbers) for name, numbers in places.items())
+            if own
+        )
+
+    def __len__(self) -> int:
+        return self.manifest.total
+
+    def section_count(self, sample: int) -> int:
+        """Sections of 33 frames in a clip."""
+        return self._bucket(self._locate(sample)[0]).sections
+
+    def sections(self, sample: int, first: int, last: int) -> torch.Tensor:
+        """Normalised latents of sections first..last-1 as bf16 [last - first, 16, 9, h, w]; only their bytes are read."""
+        number, row = self._locate(sample)
+        bucket, index = self._bucket(number), self._index(number)
+        if not 0 <= first < last <= bucket.sections:
+            raise InputError(f"{self._name(number, row)}: sections {first} to {last} of {bucket.sections} do not exist")
+        column, step = MEMBERS.index(LATENTS), bucket.section_bytes
+        start = int(index["offset"][row, column] + index["payload"][row]) + first * step
+        data = self._read(number, row, start, (last - first) * step)
+        for section in range(first, last):
+            piece = memoryview(data)[(section - first) * step : (section - first + 1) * step]
+            self._check(number, row, f"section {section}", piece, int(index["section_crc32"][row, section]))
+        return torch.frombuffer(data, dtype=torch.bfloat16).view(last - first, *bucket.section_shape)
+
+    def text(self, sample: int) -> torch.Tensor:
+        """The caption's rows as bf16 [L, dim], unpadded; L is 0 for an empty caption."""
+        return safetensors.torch.load(bytes(self._member(sample, TEXT)))["prompt_embed"]
+
+    def meta(self, sample: int) -> dict[str, Any]:
+        """The clip's record: caption (a list), source, truth where it is known, and how the latents were made."""
+        return json.loads(self._member(sample, META))
+
+    def key(self, sample: int) -> str:
+        """The clip's key, the same in every dataset made from the same videos."""
+        number, row = self._locate(sample)
+        return bytes(self._index(number)["keys"][row]).rstrip(b"\0").decode()
+
+    def verify(self) -> None:
+        """Read every shard and index and compare their sha256 with the manifest's; InputError at the first that differs."""
+        for shard in self.manifest.shards:
+            for url, wanted in ((shard.url, shard.sha256), (shard.index, shard.index_sha256)):
+                path = self.root / url
+                if not path.is_file() or sha256_of(path) != wanted:
+                    raise InputError(f"{path}: missing or not the file {MANIFEST} lists; {REMEDY}")
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """Shard number and row in it."""
+        if not 0 <= sample < len(self):
+            raise InputError(f"{self.root}: sample {sample} does not exist; there are {len(self)}")
+        number = int(np.searchsorted(self._ends, sample, side="right"))
+        return number, sample - int(self._ends[number]) + self._shard(number).nsamples
+
+    def _shard(self, number: int) -> ShardInfo:
+        return self.manifest.shards[number]
+
+    def _bucket(self, number: int) -> Bucket:
+        return self._buckets[self._shard(number).bucket]
+
+    def _name(self, number: int, row: int) -> str:
+        key = bytes(self._index(number)["keys"][row]).rstrip(b"\0").decode()
+        return f"{self.root / self._shard(number).url}, clip {key}"
+
+    def _member(self, sample: int, suffix: str) -> bytearray:
+        number, row = self._locate(sample)
+        index, column = self._index(number), MEMBERS.index(suffix)
+        data = self._read(number, row, int(index["offset"][row, column]), int(index["size"][row, column]))
+        self._check(number, row, suffix, data, int(index["crc32"][row, column]))
+        return data
+
+    def _check(self, number: int, row: int, what: str, data: bytearray | memoryview, crc: int) -> None:
+        if zlib.crc32(data) != crc:
+            raise InputError(f"{self._name(number, row)}: {what} is damaged (crc32 differs from the index); {REMEDY}")
+
+    def _read(self, number: int, row: int, start: int, size: int) -> bytearray:
+        """`size` bytes of a shard from `start`, in a buffer that torch may own."""
+        data = bytearray(size)
+        got = os.preadv(self._file(number), [data], start)
+        if got != size:
+            raise InputError(f"{self._name(number, row)}: the shard ends early, {got} of {size} bytes; {REMEDY}")
+        return data
+
+    def _file(self, number: int) -> int:
+        """The descriptor of a shard, opened by this process."""
+        if self._process != os.getpid():
+            self._forget()
+        if number in self._files:
+            self._files.move_to_end(number)
+            return self._files[number]
+        shard = self._shard(number)
+        path = self.root / shard.url
+        try:
+            file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be opened ({error.strerror}); {REMEDY}") from error
+        self._files[number] = file
+        size = os.fstat(file).st_size
+        if size != shard.nbytes:
+            os.close(self._files.pop(number))
+            raise InputError(f"{path}: {size} bytes, but {MANIFEST} lists {shard.nbytes}; {REMEDY}")
+        if len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return file
+
+    def _index(self, number: int) -> dict[str, NDArray[Any]]:
+        """The shard's index, read and verified at first use; about 70 bytes a clip and 4 a section are kept."""
+        if number not in self._indices:
+            shard = self._shard(number)
+            path = self.root / shard.index
+            try:
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+                    raise InputError(f"{path}: its sha256 is not the one {MANIFEST} lists; {REMEDY}")
+                index = safetensors.numpy.load(content)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+            except SafetensorError as error:
+                raise InputError(f"{path}: not an index ({error}); {REMEDY}") from error
+            self._indices[number] = index
+        return self._indices[number]
+
+    def _forget(self) -> None:
+        """Start with nothing open. A forked child leaves its parent's descriptors alone and opens its own."""
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def close(self) -> None:
+        """Close the shards this process opened; the next read opens them again."""
+        if self._process == os.getpid():
+            for file in self._files.values():
+                os.close(file)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": OrderedDict(), "_indices": {}, "_process": -1}

@@ -1,0 +1,55 @@
+"""Randomness is a function, not a state: every draw names its purpose and its place.
+
+A generator is made from (run seed, purpose, where), used for one purpose, and dropped. `where` is (iteration, position in the
+global batch) for what belongs to a step, (epoch, sample id) for what belongs to a clip: never a rank, a worker or a
+micro-batch, so another number of ranks or workers draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def generator(seed: int, purpose: str, *where: int) -> np.random.Generator:
+    """The CPU generator of one purpose at one place.
+
+    Philox with a 128-bit key: torch's CPU generator keeps 32 bits of its seed, few enough for two of the millions of places of
+    a run to share their noise.
+    """
+    place = ":".join([str(int(seed)), purpose, *(str(int(i)) for i in where)])
+    key = hashlib.blake2b(place.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+
+
+def normal(draw: np.random.Generator, shape: Sequence[int]) -> torch.Tensor:
+    """Standard normal fp32 tensor of `shape` on the CPU."""
+    return torch.from_numpy(draw.standard_normal(tuple(shape), dtype=np.float32))
+
+
+def torch_generator(seed: int, purpose: str, *where: int) -> torch.Generator:
+    """A torch CPU generator of one purpose at one place, for libraries that ask for one (diffusers' pipelines)."""
+    return torch.Generator().manual_seed(int(generator(seed, purpose, *where).integers(2**63)))
+
+
+def forked(seed: int, purpose: str) -> torch.random.fork_rng:
+    """Context in which torch's global CPU generator is seeded by purpose: for module initialisers, which use nothing else."""
+    context = torch.random.fork_rng(devices=[])
+    return _Seeded(context, int(generator(seed, purpose).integers(2**63)))
+
+
+class _Seeded:
+    """fork_rng, then a seed inside it; the outer state comes back on exit."""
+
+    def __init__(self, context: torch.random.fork_rng, seed: int):
+        self.context, self.seed = context, seed
+
+    def __enter__(self) -> None:
+        self.context.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        self.context.__exit__(*error)

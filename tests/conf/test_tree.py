@@ -1,0 +1,142 @@
+"""The YAML files: each composes and types, each key is explained, each published number is the published one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import helios_train.conf
+from helios_train.conf import schema
+from helios_train.conf.compose import compose, compose_plain, plain
+
+TREE = Path(helios_train.conf.__file__).parent
+FILES = sorted(path.relative_to(TREE) for path in TREE.rglob("*.yaml"))
+OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2 and not re.match(r"recipe/base_", str(path))]
+NEEDS = {  # what an option cannot stand without
+    ("model", "14b"): ["text.rows=512", "text.dim=4096"],
+}
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group: str, option: str) -> None:
+    config = compose([f"{group}={option}", *NEEDS.get((group, option), [])])
+    assert getattr(config, group).name == option
+
+
+def test_every_group_is_typed_and_has_files() -> None:
+    assert {group for group, _ in OPTIONS} == set(schema.GROUPS)
+
+
+@pytest.mark.parametrize("stage", [option for group, option in OPTIONS if group == "stage"])
+@pytest.mark.parametrize("recipe", [option for group, option in OPTIONS if group == "recipe"])
+def test_every_recipe_fits_every_stage_and_names_its_sources(stage: str, recipe: str) -> None:
+    node = plain(compose_plain([f"stage={stage}", f"recipe={recipe}"]))
+    compose([f"stage={stage}", f"recipe={recipe}"])
+    own = yaml.safe_load((TREE / f"recipe/{stage}_{recipe}.yaml").read_text())
+    for key in ("stage.mix", "stage.corrupt", "stage.flow.dynamic_shift", "stage.flow.shift_cap"):
+        assert node["recipe"]["sources"][key] == own["recipe"]["sources"][key]
+    missing = re.findall(r"^  (\w+): \?\?\?", (TREE / f"stage/{stage}.yaml").read_text(), re.MULTILINE)
+    assert set(missing) <= set(own["stage"]["mix"]) | set(own["stage"]["corrupt"]) | set(own["stage"]["flow"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_key_has_a_comment(path: Path) -> None:
+    lines = (TREE / path).read_text().splitlines()
+    assert lines[0].startswith("#") or path.parts[0] == "recipe"
+    block = None  # indent of a block whose lines explain themselves
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if block is not None and line.strip() and indent <= block:
+            block = None
+        if block is None and re.match(r"\s*(defaults|sources|template|hydra):", line):
+            block = indent
+        if block is None and (match := re.match(r"\s*(\w+): \S", line)) and match[1] not in ("name", "seed"):
+            assert " #" in line or match[1] == "total" or line.strip().endswith("#"), line
+
+
+def test_names_equal_the_files() -> None:
+    for group, option in OPTIONS:
+        node = yaml.safe_load((TREE / group / f"{option}.yaml").read_text())
+        assert node.get(group, node)["name"] == option
+
+
+def test_help_shows_every_option() -> None:
+    page = yaml.safe_load((TREE / "hydra/help/helios.yaml").read_text())["template"]
+    for group, option in OPTIONS:
+        line = next(line for line in page.splitlines() if f" {group}= " in line)
+        assert option in re.findall(r"\w+", line.partition("=")[2])
+
+
+def test_recipes_of_the_base_stage() -> None:
+    mixes, corruptions, shifts = {}, {}, {}
+    for recipe in ("paper", "released", "corrected"):
+        stage = compose([f"recipe={recipe}"]).stage
+        mixes[recipe] = (stage.mix.t2v, stage.mix.i2v, stage.mix.v2v, stage.mix.full, stage.mix.draw)
+        c = stage.corrupt
+        corruptions[recipe] = (c.noise, c.blur, c.saturation, c.clean, c.saturation_on_top, c.segments, c.draw)
+        shifts[recipe] = (stage.flow.dynamic_shift, stage.flow.shift_cap)
+        assert (c.noise_max, c.blur_min) == (pytest.approx(1 / 3), 0.9)
+    assert mixes == {
+        "paper": (0.4, 0.0, 0.24, 0.36, "micro_batch"),
+        "released": (0.4, 0.0, 0.24, 0.36, "micro_batch"),
+        "corrected": (0.4, 0.1, 0.2, 0.3, "sample"),
+    }
+    assert corruptions == {
+        "paper": (0.8, 0.1, 0.0, 0.1, 0.0, "own", "sample"),
+        "released": (0.9, 0.0, 0.0, 0.1, 0.0, "published", "micro_batch"),
+        "corrected": (0.8, 0.1, 0.0, 0.1, 0.9, "own", "sample"),
+    }
+    assert shifts == {"paper": ("exponential", 7.0), "released": ("none", 7.0), "corrected": ("exponential", None)}
+
+
+def test_models() -> None:
+    shapes = {}
+    for name in ("tiny", "small", "14b"):
+        model = compose([f"model={name}", *NEEDS.get(("model", name), [])]).model
+        shapes[name] = (model.heads * model.head_dim, model.layers, model.heads, model.ffn_dim, model.rope_dim, model.dtype)
+    assert shapes == {
+        "tiny": (128, 4, 2, 512, (24, 20, 20), "fp32"),
+        "small": (512, 8, 8, 2048, (24, 20, 20), "fp32"),
+        "14b": (5120, 40, 40, 13824, (44, 42, 42), "bf16"),
+    }
+
+
+def test_published_phases() -> None:
+    init, refine = compose(["experiment=base_init"]), compose(["experiment=base_refine"])
+    assert (init.optimizer.lr, init.trainer.max_steps) == (5e-5, 5500)
+    assert (refine.optimizer.lr, refine.trainer.max_steps) == (3e-5, 7500)
+    for config in (init, refine):
+        optimizer = config.optimizer
+        assert (optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.clip) == ((0.9, 0.999), 1e-8, 1e-4, 1.0)
+        assert (optimizer.schedule, optimizer.warmup, config.stage.ema.decay) == ("constant", 0, 0.0)
+        assert (config.data.name, config.data.global_batch, config.data.size) == ("folder", 128, (384, 640))
+        assert (config.model.name, config.stage.trainable, config.stage.lora.rank) == ("14b", "lora", 128)
+    assert (init.experiment.name, refine.experiment.name) == ("base_init", "base_refine")
+
+
+def test_toy_base() -> None:
+    config = compose(["experiment=toy_base"])
+    stage, data = config.stage, config.data
+    assert (stage.mix.t2v, stage.mix.i2v, stage.mix.v2v, stage.mix.full) == (0.25, 0.05, 0.1, 0.6)
+    assert (stage.flow.density, stage.flow.stratified, stage.flow.shift) == ("logit_normal", True, 2.0)
+    assert (stage.ema.decay, stage.caption_drop, data.size) == (0.99, 0.1, (64, 64))
+    assert (config.optimizer.lr, config.optimizer.warmup, config.optimizer.total) == (2e-3, 50, 1700)
+
+
+def test_an_experiment_gives_way_to_the_command_line() -> None:
+    config = compose(["experiment=toy_base", "recipe=paper", "stage.flow.shift=1.5", "model=small"])
+    assert (config.recipe.name, config.stage.flow.shift, config.model.name) == ("paper", 1.5, "small")
+    assert config.stage.mix.draw == "micro_batch"
+
+
+def test_toy_shards_are_named_by_their_settings() -> None:
+    roots = [
+        compose(extra).data.root
+        for extra in ([], ["seed=1"], ["data.toy.seed=1"], ["data.size=[64,64]"], ["text.rows=20"], ["data.toy.radius=[13,17]"])
+    ]
+    assert roots[0] == roots[1]
+    assert len(set(roots)) == len(roots) - 1
+    assert re.fullmatch(r"shards/toy_64x128_[0-9a-f]{8}", roots[0])

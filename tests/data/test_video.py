@@ -1,0 +1,114 @@
+"""Video files: what is written is read back, both readers agree, bad files are named."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helios_train.data import video
+from helios_train.data.toy import ToySpec, render
+from helios_train.data.video import centre_crop_resize, probe, read_frames, write_mp4
+from helios_train.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    frames, _ = render(0, 1, ToySpec(size=(64, 96), sections=2))
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    write_mp4(path, frames, 25)
+    return path, frames
+
+
+def decibels(a: torch.Tensor, b: torch.Tensor) -> float:
+    return 10 * math.log10(255**2 / float((a.float() - b.float()).square().mean()))
+
+
+def test_frames_come_back_in_order(clip: tuple[Path, np.ndarray]) -> None:
+    path, frames = clip
+    read = read_frames(path, range(66))
+    assert read.shape == (66, 64, 96, 3) and read.dtype == torch.uint8
+    assert decibels(read, torch.from_numpy(frames)) > 27
+    # A frame resembles itself more than its neighbours four frames away.
+    for index in (4, 40, 61):
+        own = decibels(read[index], torch.from_numpy(frames[index]))
+        assert all(own > decibels(read[index], torch.from_numpy(frames[index + step])) for step in (-4, 4))
+    assert torch.equal(read_frames(path, [5, 6, 40]), read[[5, 6, 40]])
+
+
+def test_flat_colours_survive_the_colour_space(tmp_path: Path) -> None:
+    colours = torch.tensor([[225, 35, 35], [40, 190, 60], [35, 65, 200], [240, 240, 240], [15, 15, 15]], dtype=torch.uint8)
+    frames = colours.view(-1, 1, 1, 3).expand(-1, 32, 32, 3)
+    write_mp4(tmp_path / "flat.mp4", frames, 10)
+    assert (read_frames(tmp_path / "flat.mp4", range(5)).int() - frames.int()).abs().max() <= 5
+
+
+def test_widths_that_decord_cannot_read(tmp_path: Path) -> None:
+    frames, _ = render(0, 0, ToySpec(size=(32, 48), sections=1))
+    write_mp4(tmp_path / "narrow.mp4", frames, 25)
+    read = read_frames(tmp_path / "narrow.mp4", range(33))
+    assert read.shape == (33, 32, 48, 3) and decibels(read, torch.from_numpy(frames)) > 25
+
+
+def test_pyav_reads_what_decord_reads(clip: tuple[Path, np.ndarray]) -> None:
+    path, _ = clip
+    assert (read_frames(path, [0, 1, 33]).int() - video._read_av(path, [0, 1, 33]).int()).abs().max() <= 2
+
+
+def test_header(clip: tuple[Path, np.ndarray]) -> None:
+    assert probe(clip[0]) == (66, 64, 96, 25.0)
+
+
+def test_bytes_are_a_function_of_the_frames(clip: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    path, frames = clip
+    write_mp4(tmp_path / "again.mp4", torch.from_numpy(frames), 25)
+    assert (tmp_path / "again.mp4").read_bytes() == path.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == ["again.mp4"]
+
+
+def test_bad_files_and_frames_are_named(clip: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    path, frames = clip
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video" * 99)
+    for act in (lambda: probe(bad), lambda: read_frames(bad, [0]), lambda: video._read_av(bad, [0])):
+        with pytest.raises(InputError, match="bad.mp4: not a readable video"):
+            act()
+    for reader in (read_frames, video._read_av):
+        with pytest.raises(InputError, match=r"clip.mp4: frame 66 .* only 66"):
+            reader(path, [66])
+    with pytest.raises(InputError, match="ascending"):
+        read_frames(path, [3, 1])
+    with pytest.raises(InputError, match="gone.mp4"):
+        read_frames(tmp_path / "gone.mp4", [0])
+    with pytest.raises(InputError, match="odd side"):
+        write_mp4(bad, frames[:, :63], 25)
+    with pytest.raises(InputError, match="uint8"):
+        write_mp4(bad, frames.astype(np.float32), 25)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [((60, 100), (48, 32)), ((90, 40), (32, 64)), ((272, 640), (64, 128)), ((64, 128), (64, 128))]
+)
+def test_crop_keeps_the_centre(given: tuple[int, int], size: tuple[int, int]) -> None:
+    rows, columns = (torch.linspace(0, 255, side) for side in given)
+    frames = torch.stack([rows[:, None].expand(given), columns.expand(given), torch.full(given, 51.0)], dim=-1).round().byte()
+    out = centre_crop_resize(frames[None].expand(9, -1, -1, -1), size)
+    assert out.shape == (3, 9, *size) and out.dtype == torch.float32
+    # Ramps stay centred ramps, and equal scales on both axes keep shapes: the step a pixel is the given one times the scale.
+    scale = min(given[0] / size[0], given[1] / size[1])
+    for channel, side, axis in ((0, given[0], 1), (1, given[1], 2)):
+        ramp = out[channel, 0].transpose(0, axis - 1)[:, 0]
+        assert abs(float(ramp.mean())) < 0.02
+        steps = ramp[2:-2].diff().mean()
+        assert float(steps) == pytest.approx(2 / (side - 1) * scale, rel=0.05)
+    assert (out[2] - (51 / 127.5 - 1)).abs().max() < 1e-6
+
+
+def test_resize_is_antialiased() -> None:
+    # Shrunk four times, a plain bilinear sample falls between two white columns each time.
+    stripes = ((torch.arange(256) + 1) // 2 % 2 * 255).byte().view(1, 1, 256, 1).expand(1, 128, 256, 3)
+    out = centre_crop_resize(stripes, (32, 64))
+    assert out[..., 4:-4].abs().max() < 0.05
