@@ -114,7 +114,10 @@ class TestLock:
             stop(process)
 
     def test_a_forked_child_does_not_keep_it(self, tmp_path: Path) -> None:
-        fork = "import os\nif os.fork() == 0:\n    time.sleep(60)\n    os._exit(0)"
+        fork = (
+            "import os\nready, done = os.pipe()\nif os.fork() == 0:\n"
+            "    os.write(done, b'.')\n    time.sleep(10)\n    os._exit(0)\nos.read(ready, 1)"
+        )
         process = holder(tmp_path, fork)
         stop(process)
         RunFolder(tmp_path).lock()

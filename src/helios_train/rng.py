@@ -8,7 +8,8 @@ micro-batch, so another number of ranks or workers draws the same numbers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -35,21 +36,9 @@ def torch_generator(seed: int, purpose: str, *where: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(generator(seed, purpose, *where).integers(2**63)))
 
 
-def forked(seed: int, purpose: str) -> torch.random.fork_rng:
+@contextmanager
+def forked(seed: int, purpose: str) -> Iterator[None]:
     """Context in which torch's global CPU generator is seeded by purpose: for module initialisers, which use nothing else."""
-    context = torch.random.fork_rng(devices=[])
-    return _Seeded(context, int(generator(seed, purpose).integers(2**63)))
-
-
-class _Seeded:
-    """fork_rng, then a seed inside it; the outer state comes back on exit."""
-
-    def __init__(self, context: torch.random.fork_rng, seed: int):
-        self.context, self.seed = context, seed
-
-    def __enter__(self) -> None:
-        self.context.__enter__()
-        torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        self.context.__exit__(*error)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator(seed, purpose).integers(2**63)))
+        yield

@@ -111,7 +111,7 @@ def _shapes(store: ClipStore, without: set[int]) -> list[list[np.ndarray]]:
     shapes: dict[tuple[int, int], list[np.ndarray]] = {}
     excluded = np.array(sorted(without), dtype=np.int64)
     for bucket in store.buckets:
-        for first, size in zip(bucket.first_samples, bucket.shard_sizes, strict=True):
+        for first, size in zip(bucket.first_ids, bucket.shard_sizes, strict=True):
             ids = np.arange(first, first + size)
             shapes.setdefault((bucket.height, bucket.width), []).append(ids[~np.isin(ids, excluded)])
     return [shapes[key] for key in sorted(shapes)]

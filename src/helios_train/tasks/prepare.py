@@ -15,13 +15,16 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from helios_train.conf.schema import Config
 from helios_train.data.format import MANIFEST, SCHEMA, SECTION_FRAMES, Bucket, Manifest, read_manifest, sha256_of, write_manifest
+from helios_train.data.toy import render_folder
 from helios_train.data.video import VideoInfo, centre_crop_resize, probe, read_frames
 from helios_train.data.writer import Sample, write_shard
 from helios_train.errors import InputError
 from helios_train.models.codecs import Codec
 from helios_train.models.text import HashText
 from helios_train.rng import torch_generator
+from helios_train.tasks import build
 
 SIDE_STEP = 16  # the transformer's patches are 16 pixels wide, and diffusers' pipelines take no other sides
 SECTIONS_AT_ONCE = 4  # decoded and encoded together: bounds the memory a long video takes
@@ -54,6 +57,28 @@ class _Job:
     seed: int
     codec_record: dict[str, Any]
     text_record: dict[str, Any]
+
+
+def run(config: Config, raw: dict[str, Any]) -> None:
+    """Makes the shards of `data.root`: of the videos of `prepare.source`, or of rendered ones where data=toy."""
+    assert config.prepare is not None
+    prepared(config, config.prepare.shard_samples)
+
+
+def prepared(config: Config, shard_samples: int = 64) -> Manifest:
+    """The dataset of `data.root`; videos are rendered first where data=toy."""
+    root, spec, source = Path(config.data.root), build.toy_spec(config), build.source(config)
+    if spec is not None:
+        render_folder(source, spec)
+    encoders = build.codec(config), build.text(config)
+    return prepare_folder(source, root, *encoders, config.data.size, shard_samples=shard_samples, seed=config.seed)
+
+
+def toy_shards(config: Config) -> None:
+    """Renders and encodes the toy videos of a config whose dataset is not there yet, and says so."""
+    if build.toy_spec(config) is not None and not (Path(config.data.root) / MANIFEST).is_file():
+        print(f"{config.data.root}: no toy videos yet; rendering and encoding them", flush=True)
+        prepared(config)
 
 
 def prepare_folder(

@@ -1,0 +1,105 @@
+"""What of the transformer trains: LoRA adapters (PEFT) and whole layers, and how they fold back into plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from helios_train import rng
+from helios_train.models.precision import dtype_of
+from helios_train.models.transformer import HISTORY_PATCHES, HeliosTransformer
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters of one link: rank and alpha, on the patch embedding too, and the history patches trained in full beside them."""
+
+    rank: int = 128
+    alpha: float = 128.0
+    patch_embedding: bool = True
+    history_patches: bool = True
+
+
+def lora_targets(transformer: HeliosTransformer, lora: Lora) -> list[str]:
+    """Every Linear whose dotted name has no "norm", and the patch embedding where asked."""
+    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and "norm" not in name]
+    return names + ["patch_embedding"] * lora.patch_embedding
+
+
+def train_everything(transformer: HeliosTransformer) -> None:
+    """Full training."""
+    transformer.requires_grad_(True)
+
+
+def add_lora(transformer: HeliosTransformer, role: str, lora: Lora, seed: int) -> None:
+    """Freezes the transformer and puts one adapter on it: A normal with std 1 / rank, B zero; norms stay frozen."""
+    transformer.requires_grad_(False)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        init_lora_weights="gaussian",
+        target_modules=lora_targets(transformer, lora),
+    )
+    dtype = transformer.proj_out.weight.dtype
+    with rng.forked(seed, f"adapter {role}"):
+        inject_adapter_in_model(config, transformer, adapter_name=role)
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype_of(name.split(".lora_")[0], dtype))
+        parameter.requires_grad = f".{role}." in f"{name}." or (lora.history_patches and name.split(".")[0] in HISTORY_PATCHES)
+
+
+def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights that train, by name."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
+
+
+def group_of(name: str) -> str:
+    """The group a weight is counted under on the run card."""
+    if ".lora_" in name:
+        return "LoRA"
+    first = name.split(".")[0]
+    if first in HISTORY_PATCHES:
+        return "history patches"
+    return {"blocks": "blocks", "condition_embedder": "embedders", "patch_embedding": "embedders"}.get(first, "output")
+
+
+@torch.no_grad()
+def folded(transformer: nn.Module, overrides: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The plain state dict: every adapter added to its base in fp32, the sum stored in the base's dtype.
+
+    `overrides`: fp32 values (masters, EMA) to use in place of the module's own.
+    """
+    given = overrides or {}
+    parameters = dict(transformer.named_parameters())
+    value = {name: given.get(name, parameter).detach() for name, parameter in parameters.items()}
+    plain: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        if ".lora_" in name:
+            continue
+        layer_name = name.removesuffix(".base_layer.weight")
+        weight = value[name].float()
+        if layer_name != name:
+            layer = transformer.get_submodule(layer_name)
+            assert isinstance(layer, LoraLayer)
+            for role in layer.lora_A:
+                A, B = (value[f"{layer_name}.lora_{side}.{role}.weight"].float() for side in "AB")
+                weight = weight + layer.scaling[role] * (B.flatten(1) @ A.flatten(1)).view_as(weight)
+        plain[name.replace(".base_layer.", ".")] = weight.to(parameter.dtype).contiguous()
+    return plain
+
+
+def link_state(transformer: nn.Module, role: str, overrides: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What one link trained, fp32, the adapters in diffusers' names (`transformer.<layer>.lora_A.weight`)."""
+    given: Mapping[str, Any] = overrides or {}
+    state = {}
+    for name, parameter in trainable(transformer).items():
+        public = f"transformer.{name.replace(f'.{role}.', '.')}" if ".lora_" in name else name
+        state[public] = given.get(name, parameter).detach().float().contiguous()
+    return state

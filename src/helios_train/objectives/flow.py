@@ -1,0 +1,76 @@
+"""Flow matching on one section, given its history (Helios, Base stage): `x_t = sigma eps + (1 - sigma) x0`, loss `(v - (eps - x0))^2`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helios_train import rng
+from helios_train.diffusion.schedule import STEPS, NoiseLevels, token_count
+from helios_train.history import History
+
+Velocity = Callable[[Tensor, Tensor, Tensor, History], Tensor]
+BINS = 5  # of sigma, in which the loss is logged
+
+
+@dataclass(frozen=True)
+class FlowDraw:
+    """What is random in one micro-batch: the levels `[B]` on the host, and the noise, shaped like the target."""
+
+    sigma: np.ndarray
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is differentiated. `sums` [2, BINS + 1] are detached sums for the log: losses and counts, by bin of sigma and overall."""
+
+    total: Tensor
+    sums: Tensor
+
+
+class FlowObjective:
+    """The Base objective. Knows the network as `velocity(x_t, t, text, history)`."""
+
+    def __init__(self, levels: NoiseLevels):
+        self.levels = levels
+
+    def draw(self, seed: int, iteration: int, positions: Sequence[int], shape: Sequence[int], global_batch: int) -> FlowDraw:
+        """Draws for these positions of the global batch; `shape` is (C, 9, H, W) of a target."""
+        sigma = self.levels.draw(seed, iteration, list(positions), global_batch, token_count(*shape[1:]))
+        noise = torch.stack([rng.normal(rng.generator(seed, "noise", iteration, position), shape) for position in positions])
+        return FlowDraw(sigma, noise)
+
+    def __call__(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: FlowDraw) -> Loss:
+        """The weighted squared error, a mean over each sample and then over the batch; times are 1000 sigma, not rounded."""
+        errors = self.errors(velocity, target, text, history, draw)
+        weights = torch.from_numpy(self.levels.weights(draw.sigma)).to(errors)
+        return Loss((weights * errors).mean(), self._sums(errors.detach(), draw.sigma))
+
+    def errors(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: FlowDraw) -> Tensor:
+        """Mean squared error of the velocity of each sample, unweighted. [B]"""
+        noise = draw.noise.to(target)
+        sigma = torch.from_numpy(draw.sigma).to(target)
+        level = sigma[:, None, None, None, None]
+        x_t = level * noise + (1 - level) * target
+        predicted = velocity(x_t, STEPS * sigma, text, history)
+        return (predicted - (noise - target)).square().flatten(1).mean(dim=1)
+
+    def _sums(self, errors: Tensor, sigma: np.ndarray) -> Tensor:
+        bins = np.minimum((sigma * BINS).astype(int), BINS - 1)
+        sums = errors.new_zeros(2, BINS + 1)
+        for sample, number in enumerate(bins):  # the bin is known on the host
+            for column in (int(number), BINS):
+                sums[0, column] += errors[sample]
+                sums[1, column] += 1
+        return sums
+
+
+def log_names() -> list[str]:
+    """Names of the columns of `Loss.sums`."""
+    edges = [f"{low / BINS:.1f}-{(low + 1) / BINS:.1f}" for low in range(BINS)]
+    return [f"loss/sigma_{edge}" for edge in edges] + ["loss"]

@@ -1,0 +1,66 @@
+"""The Base stage: flow matching on one section given its history, with the history mix and Frame-Aware Corrupt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helios_train.data.batch import Window
+from helios_train.history import History, corrupt, mix
+from helios_train.objectives.flow import FlowDraw, FlowObjective, log_names
+from helios_train.stages.stage import Stage
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Every random number of one micro-batch, by purpose."""
+
+    mix: list[mix.MixDraw]
+    corrupt: list[corrupt.CorruptDraw]
+    flow: FlowDraw
+
+
+@dataclass(frozen=True)
+class BaseRecipe:
+    """What a Base run does to its history and which levels it trains, the seed of it all, and the samples an iteration."""
+
+    objective: FlowObjective
+    mix: mix.Mix
+    corrupt: corrupt.Corrupt
+    seed: int
+    global_batch: int
+
+
+class BaseStage(Stage):
+    """Trains `velocity(x_t, t, text, history)`."""
+
+    def __init__(self, recipe: BaseRecipe, **shared: object):
+        """`shared`: the arguments of Stage."""
+        super().__init__(**shared)  # type: ignore[arg-type]
+        self.recipe = recipe
+
+    def training_step(self, micro_batches: list[Window], batch_idx: int) -> None:
+        """One iteration over this device's micro-batches of a global batch."""
+        for window in micro_batches:
+            draws = self.draws(window)
+            history = self.history(window, draws)
+            loss = self.recipe.objective(self.transformer.velocity, window.target, window.text, history, draws.flow)
+            self.backward_part(loss.total, loss.sums, len(micro_batches))
+        self.update()
+
+    def draws(self, window: Window) -> Draws:
+        """The window's draws: functions of (seed, purpose, iteration, position), whoever computes them."""
+        recipe, (_, channels, _, rows, columns) = self.recipe, window.target.shape
+        where = recipe.seed, window.iteration, window.positions
+        return Draws(
+            mix=recipe.mix.draw(*where),
+            corrupt=recipe.corrupt.draw(*where, (channels, rows, columns)),
+            flow=recipe.objective.draw(*where, window.target.shape[1:], recipe.global_batch),
+        )
+
+    def history(self, window: Window, draws: Draws) -> History:
+        """What the network sees of the past: the mix first, then the corruption."""
+        return corrupt.apply(mix.apply(window.history, draws.mix), draws.corrupt)
+
+    def log_names(self) -> list[str]:
+        """Loss by bin of sigma, and overall."""
+        return log_names()

@@ -1,0 +1,289 @@
+"""The only reader of the config: turns its groups into built objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from helios_train.conf.compose import typed
+from helios_train.conf.schema import Config, ToyData
+from helios_train.data.module import LoadSettings, WindowModule
+from helios_train.data.toy import ToySpec
+from helios_train.diffusion.schedule import NoiseLevels
+from helios_train.errors import InputError
+from helios_train.history.corrupt import Corrupt
+from helios_train.history.mix import Mix
+from helios_train.models import adapters, checkpoint, manifest
+from helios_train.models.codecs import Codec, dct_codec
+from helios_train.models.precision import DTYPES
+from helios_train.models.text import HashText
+from helios_train.models.transformer import HeliosTransformer, load_transformer, random_transformer, read_shape
+from helios_train.objectives.flow import FlowObjective
+from helios_train.run import RunFolder, iteration_of
+from helios_train.sampling.pipeline import SamplerSettings
+from helios_train.stages.base import BaseRecipe, BaseStage
+from helios_train.stages.stage import LearningRate
+
+STUDENT = "student"
+CAPTION_DROP = 0.1  # of runs that start from random weights: guidance needs it, and no base model has taught it
+
+
+def codec(config: Config) -> Codec:
+    """The video codec of `codec=`."""
+    return dct_codec()
+
+
+def text(config: Config) -> HashText:
+    """The text encoder of `text=`."""
+    return HashText(config.text.rows, config.text.dim)
+
+
+def toy_spec(config: Config) -> ToySpec | None:
+    """What the rendered videos look like; None unless data=toy."""
+    if not isinstance(config.data, ToyData):
+        return None
+    return ToySpec(size=config.data.size, **{name: value for name, value in asdict(config.data.toy).items()})
+
+
+def source(config: Config) -> Path:
+    """The folder of videos that `data.root` is made from: `prepare.source`, or where toy videos are rendered to."""
+    if isinstance(config.data, ToyData):
+        return Path(config.data.root) / "videos"
+    if config.prepare is None or config.prepare.source is None:
+        raise InputError("prepare.source is not set: name the folder of mp4 files")
+    return Path(config.prepare.source)
+
+
+def data(config: Config) -> WindowModule:
+    """The data of a run, out of the shards of `data.root`."""
+    root = Path(config.data.root)
+    drop = config.stage.caption_drop
+    settings = LoadSettings(
+        global_batch=config.data.global_batch,
+        micro_batch=config.data.micro_batch,
+        workers=config.data.workers,
+        held_out=config.data.held_out,
+        text_rows=config.text.rows,
+        caption_drop=drop if drop is not None else CAPTION_DROP * (config.init is None),
+        seed=config.seed,
+    )
+    module = WindowModule(root, settings)
+    _same_encoders(config, module)
+    return module
+
+
+def _same_encoders(config: Config, module: WindowModule) -> None:
+    """InputError where the shards come from another codec or text encoder, or have other sizes, than the config's."""
+    stored = module.store.manifest
+    for what, of, now in (("codec", stored.codec, codec(config)), ("text", stored.text, text(config))):
+        if of["fingerprint"] != now.fingerprint():
+            raise InputError(
+                f"{config.data.root}: was prepared with {what} {of['name']!r}, which is not this config's {what}={now.name}; "
+                f"choose the {what} of the dataset, or prepare it again"
+            )
+    sizes = {(bucket.height, bucket.width) for bucket in module.store.buckets}
+    if config.data.size not in sizes:
+        have = ", ".join(f"[{h},{w}]" for h, w in sorted(sizes))
+        raise InputError(f"{config.data.root}: holds videos of {have}, data.size is {list(config.data.size)}; set data.size to one of them")
+
+
+def shape(config: Config) -> dict[str, Any]:
+    """The transformer's config as diffusers names it."""
+    model = config.model
+    return {
+        "num_attention_heads": model.heads,
+        "attention_head_dim": model.head_dim,
+        "num_layers": model.layers,
+        "ffn_dim": model.ffn_dim,
+        "text_dim": model.text_dim,
+        "freq_dim": model.freq_dim,
+        "rope_dim": list(model.rope_dim),
+        "rope_theta": float(model.rope_theta),
+    }
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run's weights come from: the transformer, what it has been through, and the fingerprint of its first weights."""
+
+    transformer: HeliosTransformer
+    lineage: tuple[manifest.Link, ...] = ()
+    base: str | None = None
+    sampler: SamplerSettings | None = None
+
+
+def start(config: Config, weights: str = "auto") -> Start:
+    """The transformer of `init` (a folder, a run, a checkpoint), or a random one. Plain weights, nothing trains yet."""
+    dtype = DTYPES[config.model.dtype]
+    if config.init is None:
+        return Start(random_transformer(shape(config), dtype, config.seed))
+    path = Path(config.init)
+    if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
+        run = trained(path, weights)
+        return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=sampler(run.config))
+    if not path.is_dir():
+        raise InputError(f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt")
+    _same_shape(config, path)
+    known = manifest.read_manifest(path)
+    lineage, base = (known.lineage, known.base) if known else ((), None)
+    settings = SamplerSettings(**known.sampler) if known else None
+    return Start(load_transformer(path, dtype), lineage, base or manifest.fingerprint(path), settings)
+
+
+def _same_shape(config: Config, folder: Path) -> None:
+    found, wanted = read_shape(folder), shape(config)
+    for name, value in wanted.items():
+        there = found.get(name, value)
+        if (list(there) if isinstance(there, (list, tuple)) else there) != value:
+            raise InputError(f"init={folder}: has {name}={there}, model={config.model.name} has {value}; choose the model of that folder")
+
+
+def trains_fully(config: Config) -> bool:
+    """Whether every weight trains: as asked, or (auto) where the run starts from random weights."""
+    return config.stage.trainable == "full" or (config.stage.trainable == "auto" and config.init is None)
+
+
+def adapt(config: Config, transformer: HeliosTransformer) -> None:
+    """Makes what the stage trains trainable."""
+    if trains_fully(config):
+        adapters.train_everything(transformer)
+    else:
+        adapters.add_lora(transformer, STUDENT, lora(config), config.seed)
+    transformer.train()
+    if config.memory.checkpointing:
+        transformer.checkpoint_blocks()
+
+
+def lora(config: Config) -> adapters.Lora:
+    """The adapter of the stage."""
+    return adapters.Lora(**asdict(config.stage.lora))
+
+
+def base_recipe(config: Config) -> BaseRecipe:
+    """Objective, history mix and corruption of the Base stage."""
+    stage = config.stage
+    mix, corrupt = asdict(stage.mix), asdict(stage.corrupt)
+    group = {"sample": 1, "micro_batch": config.data.micro_batch}
+    mix_group, corrupt_group = group[mix.pop("draw")], group[corrupt.pop("draw")]
+    levels = NoiseLevels(
+        density=stage.flow.density,
+        mean=stage.flow.logit_mean,
+        std=stage.flow.logit_std,
+        mode_scale=stage.flow.mode_scale,
+        stratified=stage.flow.stratified,
+        fixed=stage.flow.shift,
+        dynamic=stage.flow.dynamic_shift,
+        cap=stage.flow.shift_cap,
+        weighting=stage.flow.weighting,
+    )
+    return BaseRecipe(
+        FlowObjective(levels), Mix(**mix, group=mix_group), Corrupt(**corrupt, group=corrupt_group), config.seed, config.data.global_batch
+    )
+
+
+def optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """AdamW in fp32, or with 8-bit moments."""
+    o = config.optimizer
+    common = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
+    if o.name == "adamw":
+        return AdamW(list(parameters), **common)  # type: ignore[arg-type]
+    from bitsandbytes.optim import AdamW8bit  # here: it probes for CUDA when imported
+
+    return AdamW8bit(list(parameters), **common)  # type: ignore[arg-type]
+
+
+def learning_rate(config: Config) -> LearningRate:
+    """The schedule."""
+    o = config.optimizer
+    return LearningRate(o.lr, o.schedule, o.warmup, o.decay, o.total)
+
+
+def stage(config: Config, transformer: HeliosTransformer) -> BaseStage:
+    """The stage around an adapted transformer."""
+    return BaseStage(
+        base_recipe(config),
+        transformer=transformer,
+        optimizer=partial(optimizer, config),
+        rate=learning_rate(config),
+        clip=config.optimizer.clip,
+    )
+
+
+def sampler(config: Config) -> SamplerSettings:
+    """How the trained model is sampled: shifted as trained, and where training has no dynamic shift, as diffusers' pipeline."""
+    dynamic = config.stage.flow.dynamic_shift
+    solver = config.sample.solver if config.sample else "unipc"
+    return SamplerSettings(dynamic if dynamic != "none" else "exponential", solver)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's weights at a checkpoint: its config, adapted transformer, and what it trained (fp32, by name)."""
+
+    config: Config
+    start: Start
+    iteration: int
+    which: str
+    values: dict[str, torch.Tensor]
+    dataset: str
+
+    def folded(self) -> dict[str, torch.Tensor]:
+        """The plain state dict with the trained weights in place."""
+        return adapters.folded(self.start.transformer, self.values)
+
+    def lineage(self) -> tuple[manifest.Link, ...]:
+        """The lineage with this run as its last link."""
+        trained_how = "full" if trains_fully(self.config) else "lora"
+        link = manifest.Link(
+            self.config.stage.name, self.config.recipe.name, self.iteration, self.which, trained_how, self.config.seed, self.dataset
+        )
+        return (*self.start.lineage, link)
+
+    def model_manifest(self) -> manifest.ModelManifest:
+        """What the merged folder says of itself."""
+        config = self.config
+        encoders = {
+            "codec": {"name": config.codec.name, "fingerprint": codec(config).fingerprint()},
+            "text": {"name": config.text.name, "fingerprint": text(config).fingerprint(), "rows": config.text.rows},
+        }
+        return manifest.ModelManifest(self.lineage(), asdict(sampler(config)), size=config.data.size, base=self.start.base, **encoders)
+
+
+def trained(path: Path, weights: str) -> Trained:
+    """A run folder (its newest checkpoint) or one of its checkpoints. `weights`: ema, last, or auto (ema where there is one)."""
+    if path.suffix == ".ckpt":
+        file, folder = path, RunFolder.open(path.parent.parent)
+    else:
+        folder = RunFolder.open(path)
+        newest = folder.newest_checkpoint()
+        if newest is None:
+            raise InputError(f"{path}: holds no checkpoint yet; let the run reach one (checkpoint.every iterations)")
+        file = newest
+    config = typed(folder.load_config())
+    content = checkpoint.read(file)
+    averages = [state["average"] for state in content["callbacks"].values() if "average" in state]
+    if weights == "ema" and not averages:
+        raise InputError(f"{file}: has no EMA (stage.ema.decay was 0); use weights=last")
+    which = "ema" if averages and weights != "last" else "last"
+    values = averages[0] if which == "ema" else content["state_dict"]
+    begun = start(config)
+    adapt(config, begun.transformer)
+    expected = {name: tuple(parameter.shape) for name, parameter in adapters.trainable(begun.transformer).items()}
+    checkpoint.audit(expected, values, str(file))
+    return Trained(config, begun, iteration_of(file), which, values, content["WindowModule"]["dataset"])
+
+
+def unadapted(run: Trained) -> HeliosTransformer:
+    """A plain transformer with the run's weights folded in."""
+    plain = random_transformer(shape(run.config), DTYPES[run.config.model.dtype], 0)
+    weights = run.folded()
+    checkpoint.audit({name: tuple(value.shape) for name, value in plain.state_dict().items()}, weights, "the folded weights")
+    plain.load_state_dict(weights)
+    return plain

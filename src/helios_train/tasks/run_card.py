@@ -1,0 +1,53 @@
+"""The run card: the page printed before iteration 0, and kept in the run folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from helios_train.conf.schema import Config
+from helios_train.data.module import WindowModule
+from helios_train.models.adapters import group_of
+from helios_train.models.precision import Masters
+from helios_train.stages.stage import Stage
+from helios_train.tasks import build
+
+
+def counts(masters: Masters) -> dict[str, int]:
+    """Trainable parameters by group."""
+    groups: Counter[str] = Counter()
+    for name, master in masters.masters.items():
+        groups[group_of(name)] += master.numel()
+    return dict(groups)
+
+
+def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
+    """The page: what trains, on what, how, and where each number of the recipe comes from. `disk`: bytes of checkpoints kept."""
+    total = sum(parameter.numel() for parameter in stage.transformer.parameters())
+    trained = counts(stage.masters)
+    how = "every weight" if build.trains_fully(config) else f"LoRA rank {config.stage.lora.rank} and what is named below"
+    batch, micro, devices = config.data.global_batch, config.data.micro_batch, config.trainer.devices
+    clips = len(data.store) - len(data.held_out)
+    lines = [
+        f"helios_train: stage {config.stage.name}, recipe {config.recipe.name} ({config.recipe.about})",
+        f"experiment {config.experiment.name}: {config.experiment.about}",
+        "",
+        f"model {config.model.name}, {total:,} parameters, {config.model.dtype}; weights from {config.init or 'random numbers'}",
+        f"trains {how}: {sum(trained.values()):,} parameters",
+        *(f"  {group:<16} {number:>15,}" for group, number in trained.items()),
+        "",
+        f"data {config.data.root}: {clips} clips to train on, {len(data.held_out)} held out; captions dropped {data.settings.caption_drop:g}",
+        f"epoch of {data.order.batches} iterations; {data.order.fill} samples an epoch repeat to fill the last batch",
+        f"global batch {batch} = micro batch {micro} x {devices} devices x {batch // micro // devices} accumulated",
+        f"{config.trainer.max_steps} iterations = {batch * config.trainer.max_steps:,} windows",
+        f"disk for checkpoints: {disk / 1e6:,.0f} MB",
+        "",
+        "recipe",
+        *(f"  {key}: {source}" for key, source in config.recipe.sources.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def hours(config: Config, done: int, seconds: float) -> str:
+    """The line added once a step's time is known."""
+    left = config.trainer.max_steps - done
+    return f"measured {seconds:.3f} s an iteration: {left} iterations take {left * seconds / 3600:.2f} hours\n"

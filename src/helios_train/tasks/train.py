@@ -1,0 +1,193 @@
+"""task=train: a stage on a run folder, from iteration 0 or from where it stopped."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+from helios_train.callbacks.checkpoint import RunCheckpoint
+from helios_train.callbacks.ema import EmaCallback
+from helios_train.callbacks.metrics_csv import MetricsCsv
+from helios_train.callbacks.preempt import Preempt
+from helios_train.callbacks.throughput import Throughput
+from helios_train.callbacks.validation import HeldOut
+from helios_train.conf import compose
+from helios_train.conf.schema import Config
+from helios_train.data.module import WindowModule
+from helios_train.errors import InputError
+from helios_train.models.checkpoint import AtomicCheckpointIO
+from helios_train.models.ema import Ema
+from helios_train.run import RunFolder, compare_configs, default_folder, find_resumable, iteration_of
+from helios_train.stages.replicas import ReplicaStrategy
+from helios_train.stages.stage import Stage
+from helios_train.tasks import build, prepare, run_card, sample
+
+# What a resumed run may change; anything else is refused by name.
+CHANGEABLE = ("trainer", "data.workers", "logger", "run_dir", "resume", "task", "checkpoint", "watch.sample")
+# Made from keys that may change, and fixed by the first start all the same: schedules go on as they began.
+FIXED_BY_FIRST_START = ("optimizer.total",)
+RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
+
+
+def run(config: Config, raw: dict[str, Any]) -> None:
+    """Trains `stage=`, ends by sampling one video."""
+    folder, checkpoint, config = _folder(config, raw)
+    main = _local_rank() == 0
+    if main:
+        prepare.toy_shards(config)
+    data = build.data(config)
+    stage = build.stage(config, _adapted(config))
+    ema = Ema(stage.masters.state_dict(), config.stage.ema.decay, config.stage.ema.start) if config.stage.ema.decay else None
+    done = iteration_of(checkpoint) if checkpoint else 0
+    if main:
+        _announce(config, folder, stage, data, done)
+    trainer = _trainer(config, folder, stage, ema, done)
+    trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero and config.watch.sample:
+        _last_video(config, folder, stage, ema)
+    folder.unlock()
+
+
+def _adapted(config: Config) -> Any:
+    begun = build.start(config).transformer
+    build.adapt(config, begun)
+    return begun
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _folder(config: Config, raw: dict[str, Any]) -> tuple[RunFolder, Path | None, Config]:
+    """The run folder, the checkpoint to go on from (None: a new run), and the config that holds from now on."""
+    if _local_rank() or RUN_DIR in os.environ:
+        if RUN_DIR not in os.environ:
+            raise InputError("this process is one of several and was told no run folder; let trainer.devices start them")
+        folder = RunFolder.open(Path(os.environ[RUN_DIR]))
+        return folder, folder.newest_checkpoint() if config.resume else None, compose.typed(_kept(folder.load_config(), raw))
+    existing = _to_resume(config, raw)
+    if existing is None:
+        default = default_folder(config.stage.name, config.experiment.name, datetime.now())
+        folder = RunFolder.create(Path(config.run_dir) if config.run_dir else None, default)
+        folder.lock()
+        folder.save_config(raw)
+        checkpoint = None
+    else:
+        folder, checkpoint = existing, existing.newest_checkpoint()
+        folder.lock()
+        raw = _kept(folder.load_config(), raw)
+        print(f"resuming {folder.path} at iteration {iteration_of(checkpoint) if checkpoint else 0}", flush=True)
+    os.environ[RUN_DIR] = str(folder.path)
+    return folder, checkpoint, compose.typed(raw)
+
+
+def _to_resume(config: Config, raw: dict[str, Any]) -> RunFolder | None:
+    """The run that `resume` asks for; None for a new one. InputError where it differs in what may not change."""
+    if config.resume is None:
+        return None
+    if config.resume != "auto":
+        folder = RunFolder.open(Path(config.resume))
+    elif config.run_dir is not None:
+        if not (Path(config.run_dir) / "config.yaml").is_file():
+            print(f"resume=auto: {config.run_dir} holds no run yet; starting it", flush=True)
+            return None
+        folder = RunFolder.open(Path(config.run_dir))
+    else:
+        parent = default_folder(config.stage.name, config.experiment.name, datetime.now()).parent
+        found = find_resumable(parent, lambda saved: not _changed(saved, raw), config.trainer.max_steps)
+        if found is None:
+            print(f"resume=auto: no unfinished run like this one in {parent}; starting a new one", flush=True)
+            return None
+        folder = RunFolder.open(found)
+    changed = _changed(folder.load_config(), raw)
+    if changed:
+        raise InputError(f"{folder.path}: cannot resume with another {', '.join(changed)}; start a new run, or put the old values back")
+    return folder
+
+
+def _changed(saved: dict[str, Any], raw: dict[str, Any]) -> list[str]:
+    return compare_configs(saved, raw, (*CHANGEABLE, *FIXED_BY_FIRST_START))
+
+
+def _kept(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of a resumed run: today's, with the schedule's length of the first start."""
+    return {**raw, "optimizer": {**raw["optimizer"], "total": saved["optimizer"]["total"]}}
+
+
+def _announce(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, done: int) -> None:
+    """Prints and keeps the run card; refuses a disk that cannot hold the checkpoints."""
+    weights = sum(master.numel() for master in stage.masters) * 4
+    copies = 4 if config.stage.ema.decay else 3  # weights, two moments, average
+    disk = (config.checkpoint.keep + 1) * copies * weights
+    folder.check_free(disk)
+    page = run_card.card(config, stage, data, disk)
+    if not done:
+        folder.card.write_text(page)
+    print(page, flush=True)
+    print(f"run folder {folder.path}", flush=True)
+
+
+def _trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, done: int) -> L.Trainer:
+    checkpoint = RunCheckpoint(folder.checkpoints, config.checkpoint.every, config.checkpoint.keep, config.trainer.nonfinite_limit)
+    callbacks: list[Callback] = []
+    if ema:
+        callbacks.append(EmaCallback(ema))
+    callbacks.append(Throughput(config.trainer.log_every, config.data.global_batch, partial(_measured, config, folder, done)))
+    if config.watch.every and config.data.held_out:
+        objective = build.base_recipe(config).objective
+        callbacks.append(HeldOut(objective, config.watch.sigmas, config.watch.clips, config.watch.every, config.seed, ema))
+    callbacks += [Preempt(checkpoint), checkpoint]
+    if config.trainer.progress:
+        callbacks.append(RichProgressBar())
+    main = _local_rank() == 0
+    return L.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        strategy=ReplicaStrategy() if config.trainer.devices > 1 else "auto",
+        max_steps=config.trainer.max_steps,
+        max_epochs=-1,
+        precision="32-true",
+        callbacks=callbacks,
+        logger=MetricsCsv(folder.metrics, done) if main else False,
+        plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=True,
+        enable_progress_bar=config.trainer.progress,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder.path,
+    )
+
+
+def _measured(config: Config, folder: RunFolder, done: int, seconds: float) -> None:
+    """Adds what the run will take to its card."""
+    if _local_rank() == 0:
+        line = run_card.hours(config, done, seconds)
+        with folder.card.open("a") as file:
+            file.write(line)
+        print(line, end="", flush=True)
+
+
+@torch.no_grad()
+def _last_video(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None) -> None:
+    """One video into videos/, of the caption of a toy video (or of nothing), from the average where there is one."""
+    watch = config.watch
+    sampler = sample.VideoSampler(build.codec(config), build.text(config), build.sampler(config), config.data.size, 25, config.seed)
+    sampler.settings = replace(sampler.settings, solver="euler")
+    prompt = sample.toy_captions(config, 1)[0] if build.toy_spec(config) else ""
+    values = ema.average if ema else stage.masters.state_dict()
+    with Ema(values, 0.0).swapped_in(stage.masters.weights):
+        saved, judged = sampler.sample(
+            stage.transformer, prompt, stage.trainer.global_step, watch.sample_sections, watch.sample_steps, watch.sample_guidance, folder.videos
+        )
+    print(f"{saved.mp4}\n{saved.sheet}")
+    if judged:
+        print(sample.summary([judged]))
