@@ -8,6 +8,19 @@ import pytest
 from diffusers import HeliosTransformer3DModel
 
 from helios_train import rng
+from helios_train.conf import compose
+from helios_train.tasks import run_task
+
+TINY_RUN = (
+    "experiment=debug",
+    "model.head_dim=16",
+    "model.rope_dim=[8,4,4]",
+    "data.toy.clips=8",
+    "trainer.max_steps=3",
+    "trainer.accelerator=cpu",
+    "watch.every=0",
+    "watch.sample=false",
+)
 
 
 @pytest.fixture
@@ -27,3 +40,15 @@ def tiny_transformer() -> Callable[..., HeliosTransformer3DModel]:
             return HeliosTransformer3DModel(**(config | changes))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Does a task in this process, as the command line would, on a miniature and shards that all tests share."""
+    shards = tmp_path_factory.mktemp("shards") / "toy"
+
+    def run(*overrides: str) -> None:
+        raw = compose.plain(compose.compose_plain([*TINY_RUN, f"data.root={shards}", *overrides]))
+        run_task(compose.typed(raw), raw)
+
+    return run

@@ -40,5 +40,5 @@ def torch_generator(seed: int, purpose: str, *where: int) -> torch.Generator:
 def forked(seed: int, purpose: str) -> Iterator[None]:
     """Context in which torch's global CPU generator is seeded by purpose: for module initialisers, which use nothing else."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(generator(seed, purpose).integers(2**63)))
+        torch.default_generator.manual_seed(int(generator(seed, purpose).integers(2**63)))
         yield

@@ -16,7 +16,9 @@ class EmaCallback(L.Callback):
     def __init__(self, ema: Ema):
         self.ema = ema
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """After the optimizer step."""
         assert isinstance(pl_module, Stage)
         self.ema.update(pl_module.masters.masters)

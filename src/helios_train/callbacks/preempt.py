@@ -30,7 +30,9 @@ class Preempt(L.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Stops every device at the same iteration if any of them was asked to.
 
         The first device raises Preempted; the others end quietly, or their parent would take them for crashed.

@@ -16,7 +16,8 @@ WARM = 5  # first iterations of a run that are not timed: allocation, caches
 class Throughput(L.Callback):
     """Logs the stage's last step every `every` iterations, with seconds a step, samples a second and the share spent on data.
 
-    Columns of time start with `time/`: no two runs agree on them. `on_measured(seconds)` is called once, when a step's time is known.
+    Columns of time start with `time/`: no two runs agree on them. `on_measured(seconds)` is called once, when a step's time is
+    known.
     """
 
     def __init__(self, every: int, global_batch: int, on_measured: Callable[[float], None]):
@@ -33,7 +34,9 @@ class Throughput(L.Callback):
         """The batch is there: what passed since the last step was waiting."""
         self._waited += time.perf_counter() - self._ended
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Logs where it is due."""
         assert isinstance(pl_module, Stage)
         self._steps += 1

@@ -36,7 +36,9 @@ class HeldOut(L.Callback):
         if trainer.global_step == 0:
             self._run(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Where it is due."""
         if trainer.global_step % self.every == 0:
             self._run(trainer, pl_module)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from helios_train.conf.schema import Config, Data, FolderData, Model, ToyData
 from helios_train.errors import ConfigError
 
+NOMINAL_SIDE = 64  # pixels of the shorter side that lengths of toy videos are given for
 ROUNDING = 1e-6  # shares may sum to 1 within this
 
 
@@ -67,5 +68,5 @@ def _data(data: Data, devices: int) -> Iterator[str]:
     for name, (low, high) in (("radius", toy.radius), ("speed", toy.speed)):
         if low > high:
             yield f"data.toy.{name}=[{low:g},{high:g}]: must be [smallest, largest]"
-    if 2 * toy.radius[1] >= min(data.size):
-        yield f"data.toy.radius: a shape of radius {toy.radius[1]:g} px does not fit data.size={list(data.size)}"
+    if 2 * toy.radius[1] >= NOMINAL_SIDE:
+        yield f"data.toy.radius: a shape of radius {toy.radius[1]:g} px does not fit; it is given for a shorter side of {NOMINAL_SIDE}"

@@ -40,6 +40,7 @@ class WindowDataset(Dataset[Piece]):
         text = self.store.text(sample).float()
         if text.shape[0] > self.rows:
             raise InputError(
-                f"{self.store.key(sample)} has {text.shape[0]} text rows, the model takes {self.rows}: prepare it again with text.rows={self.rows}"
+                f"{self.store.key(sample)} has {text.shape[0]} text rows, the model takes {self.rows}: "
+                f"prepare it again with text.rows={self.rows}"
             )
         return F.pad(text * (not dropped), (0, 0, 0, self.rows - text.shape[0]))

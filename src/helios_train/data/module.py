@@ -53,7 +53,9 @@ class WindowModule(L.LightningDataModule):
         """Goes on at the saved iteration; InputError where order or dataset is not the one of the checkpoint."""
         for key, now in self._identity().items():
             if state_dict[key] != now:
-                raise InputError(f"cannot resume: {key} was {state_dict[key]!r} in the checkpoint and is {now!r}; resume on the same data")
+                raise InputError(
+                    f"cannot resume: {key} was {state_dict[key]!r} in the checkpoint and is {now!r}; resume on the same data"
+                )
         self.start = int(state_dict["iteration"])
 
     def _identity(self) -> dict[str, Any]:
@@ -65,8 +67,8 @@ class WindowModule(L.LightningDataModule):
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (self.settings.global_batch // ranks) % self.settings.micro_batch:
             raise InputError(
-                f"data.global_batch={self.settings.global_batch} is not a multiple of data.micro_batch={self.settings.micro_batch} "
-                f"x {ranks} devices; choose one that is"
+                f"data.global_batch={self.settings.global_batch} is not a multiple of "
+                f"data.micro_batch={self.settings.micro_batch} x {ranks} devices; choose one that is"
             )
         workers = self.settings.workers
         return DataLoader(

@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, epoch, global batch), the same for any number of ranks and workers.
 
-An epoch: within each (height, width) shards are shuffled, then samples inside groups of `GROUP` neighbouring shards (so that reading
-stays local), cut into global batches; then the list of batches is shuffled. A last batch that is not full is filled from the
-head of the same epoch's order: no sample is missing, repeats are fill only.
+An epoch: within each (height, width) shards are shuffled, then samples inside groups of `GROUP` neighbouring shards (so that
+reading stays local), cut into global batches; then the list of batches is shuffled. A last batch that is not full is filled
+from the head of the same epoch's order: no sample is missing, repeats are fill only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class Order:
         self.shapes = [[shard for shard in shards if len(shard)] for shards in shapes]
         self.shapes = [shards for shards in self.shapes if shards]
         if not self.shapes:
-            raise InputError("no clip is left to train on: every clip of the dataset is held out, or there is none; lower data.held_out")
+            raise InputError(
+                "no clip is left to train on: every clip of the dataset is held out, or there is none; lower data.held_out"
+            )
         self.sizes = [sum(len(shard) for shard in shards) for shards in self.shapes]
 
     @property

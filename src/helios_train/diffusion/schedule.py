@@ -50,9 +50,10 @@ def shift(sigma: np.ndarray, factor: float) -> np.ndarray:
 class NoiseLevels:
     """How a training step draws its noise levels.
 
-    density: `uniform`, `logit_normal` (u = sigmoid of a normal with mean and std) or `mode` (SD3, section 3.1), all as densities of u in
-    (0, 1); the level is the table's at floor(1000 u): 1.0, .999, ... .001. stratified: the global batch's quantiles are spread evenly.
-    fixed: a shift by that factor. dynamic: one by the number of tokens on top. weighting: of the squared error at sigma.
+    density: `uniform`, `logit_normal` (u = sigmoid of a normal with mean and std) or `mode` (SD3, section 3.1), all as
+    densities of u in (0, 1); the level is the table's at floor(1000 u): 1.0, .999, ... .001. stratified: the global batch's
+    quantiles are spread evenly. fixed: a shift by that factor. dynamic: one by the number of tokens on top. weighting: of
+    the squared error at sigma.
     """
 
     density: str = "logit_normal"

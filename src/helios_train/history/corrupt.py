@@ -1,9 +1,9 @@
 """Frame-Aware Corrupt: history as the model's own drifting output would look, so that it learns not to follow the drift.
 
-Per sample one mode (noise, blur, saturation, clean), and saturation on top of any mode with a share of its own. Frames that do not
-exist stay exactly zero. Noise: `x <- s eps + (1 - s) x`, s ~ U(0, noise_max) for each frame alone. Blur: antialiased bilinear down
-to a ratio in U(blur_min, 1) and back, in space only, one ratio a segment. Saturation: `x <- m + f (x - m)`, m the mean over the
-channels at each pixel, f from U(.3, .999) or U(1.001, 1.7) with equal odds, one f a segment; never on the anchor.
+Per sample one mode (noise, blur, saturation, clean), and saturation on top of any mode with a share of its own. Frames that
+do not exist stay exactly zero. Noise: `x <- s eps + (1 - s) x`, s ~ U(0, noise_max) for each frame alone. Blur: antialiased
+bilinear down to a ratio in U(blur_min, 1) and back, in space only, one ratio a segment. Saturation: `x <- m + f (x - m)`, m the
+mean over the channels at each pixel, f from U(.3, .999) or U(1.001, 1.7) with equal odds, one f a segment; never on the anchor.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Corrupt:
 
     def __post_init__(self) -> None:
         if min(self.shares) < 0 or abs(sum(self.shares) - 1) > 1e-6:
-            raise ValueError(f"shares of the corruption must be >= 0 and sum to 1, got {dict(zip(MODES, self.shares, strict=True))}")
+            raise ValueError(
+                f"shares of the corruption must be >= 0 and sum to 1, got {dict(zip(MODES, self.shares, strict=True))}"
+            )
 
     @property
     def shares(self) -> tuple[float, float, float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -96,10 +95,19 @@ def folded(transformer: nn.Module, overrides: Mapping[str, Tensor] | None = None
 
 
 def link_state(transformer: nn.Module, role: str, overrides: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What one link trained, fp32, the adapters in diffusers' names (`transformer.<layer>.lora_A.weight`)."""
-    given: Mapping[str, Any] = overrides or {}
+    """What one link trained, fp32, the adapters in diffusers' names (`transformer.<layer>.lora_A.weight`).
+
+    Their scale alpha / rank is in B: a reader who knows the tensors alone takes it for 1.
+    """
+    given = overrides or {}
     state = {}
     for name, parameter in trainable(transformer).items():
-        public = f"transformer.{name.replace(f'.{role}.', '.')}" if ".lora_" in name else name
-        state[public] = given.get(name, parameter).detach().float().contiguous()
+        value = given.get(name, parameter).detach().float()
+        layer_name, is_adapter, _ = name.partition(".lora_")
+        if f".lora_B.{role}." in name:
+            layer = transformer.get_submodule(layer_name)
+            assert isinstance(layer, LoraLayer)
+            value = value * layer.scaling[role]
+        public = f"transformer.{name.replace(f'.{role}.', '.')}" if is_adapter else name
+        state[public] = value.contiguous()
     return state

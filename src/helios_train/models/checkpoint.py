@@ -51,7 +51,7 @@ def read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises what its unpickler raises
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: is not a checkpoint of helios_train or is damaged ({reason}); take an earlier one") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise InputError(f"{path}: is not a checkpoint of helios_train; give checkpoints/<iteration>.ckpt of a run")

@@ -13,7 +13,7 @@ from helios_train.models.checkpoint import audit
 
 
 class Ema:
-    """Average of named weights: a copy until update `start`, then decay min((1 + k) / (10 + k), decay) at the k-th update after."""
+    """Average of named weights: a copy up to update `start`, then decay min((1 + k) / (10 + k), decay) at the k-th after it."""
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float, start: int = 0):
         self.decay, self.start, self.updates = decay, start, 0
@@ -23,7 +23,7 @@ class Ema:
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Takes the weights after one optimizer step."""
         averaged = self.updates - self.start
-        decay = min((1 + averaged) / (10 + averaged), self.decay) if averaged >= 0 else 0.0
+        decay = min((1 + averaged) / (10 + averaged), self.decay) if averaged > 0 else 0.0
         for name, average in self.average.items():
             average.lerp_(weights[name].detach().to("cpu", torch.float32), 1 - decay)
         self.updates += 1

@@ -40,7 +40,8 @@ class ModelManifest:
     """What a next stage, or a sampler, must know of a folder of weights.
 
     `sampler`: keys of sampling.SamplerSettings. `codec`, `text`: name and fingerprint of what the latents and texts came from.
-    `size`: (H, W) in pixels of the training videos. `base`: fingerprint of the weights the first link started from, null for random ones.
+    `size`: (H, W) in pixels of the training videos. `base`: fingerprint of the weights the first link started from, null for
+    random ones.
     """
 
     lineage: tuple[Link, ...]
@@ -61,7 +62,9 @@ def read_manifest(folder: Path) -> ModelManifest | None:
         content = json.loads(path.read_text())
         schema = content["schema"]
         if schema > SCHEMA:
-            raise InputError(f"{path}: schema {schema} is newer than {SCHEMA}, the newest this version reads; update helios_train")
+            raise InputError(
+                f"{path}: schema {schema} is newer than {SCHEMA}, the newest this version reads; update helios_train"
+            )
         return ModelManifest(
             **{**content, "lineage": tuple(Link(**link) for link in content["lineage"]), "size": tuple(content["size"])}
         )

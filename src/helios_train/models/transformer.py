@@ -5,6 +5,7 @@ Axis letters: B batch, C latent channels, T latent frames, H W latent rows and c
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ WEIGHTS = "diffusion_pytorch_model"
 HISTORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}  # name -> how often it repeats the target's patch a side
 # Where Wan and older Helios files keep what now has another name.
 RENAMED = {"scale_shift_table": "norm_out.scale_shift_table"}
+CONFIG_KEYS = inspect.signature(HeliosTransformer3DModel.__init__).parameters.keys() - {"self"}
 
 
 class Attention:
@@ -67,9 +69,9 @@ class HeliosTransformer(HeliosTransformer3DModel):
                 attention.set_processor(Attention())
 
     def velocity(self, x_t: Tensor, t: Tensor, text: Tensor, history: History) -> Tensor:
-        """The velocity at `x_t` [B, C, 9, H, W] and times `t` [B] in [0, 1000], given text [B, rows, dim] and history. Shape of x_t.
+        """The velocity at `x_t` [B, C, 9, H, W] and times `t` [B] in [0, 1000], given text [B, rows, dim] and history.
 
-        History enters at time 0. Computed in the model's dtype, returned in fp32.
+        Shaped like x_t. History enters at time 0. Computed in the model's dtype, returned in fp32.
         """
         dtype = self.proj_out.weight.dtype
         indices = [torch.tensor(i, device=x_t.device)[None].expand(len(x_t), -1) for i in FRAME_INDICES]
@@ -95,7 +97,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         `context` gives the (forward, recompute) context managers of each call, for a caller who must restore what a recompute
         depends on. No random numbers are drawn in a block, so none are preserved.
         """
-        extra = {"context_fn": context} if context else {}
+        extra: dict[str, Any] = {"context_fn": context} if context else {}
 
         def run(block: Callable[..., Tensor], *inputs: Any) -> Tensor:
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **extra)  # type: ignore[no-any-return]
@@ -120,7 +122,7 @@ def random_transformer(shape: Mapping[str, Any], dtype: torch.dtype, seed: int) 
 
 @torch.no_grad()
 def start_patch(transformer: HeliosTransformer3DModel, name: str) -> None:
-    """Starts one history patch from the target's: the kernel tiled over time, rows and columns, divided by the number of tiles."""
+    """Starts one history patch from the target's: the kernel tiled over time, rows, columns, divided by the number of tiles."""
     source, patch = transformer.patch_embedding, getattr(transformer, name)
     times = HISTORY_PATCHES[name]
     patch.weight.copy_(source.weight.repeat(1, 1, times, times, times) / times**3)
@@ -149,7 +151,8 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> HeliosTransformer:
     for name in fresh:
         getattr(transformer, name).to_empty(device="cpu")
         start_patch(transformer, name)
-    transformer.rope = HeliosTransformer3DModel(**{**shape, "num_layers": 1}).rope if _is_meta(transformer.rope) else transformer.rope
+    config = transformer.config
+    transformer.rope = type(transformer.rope)(config.rope_dim, config.rope_theta)  # its buffers are in no file
     cast(transformer, dtype)
     return transformer
 
@@ -164,20 +167,18 @@ def read_shape(folder: Path) -> dict[str, Any]:
     known = ("HeliosTransformer3DModel", "HeliosTransformer", "WanTransformer3DModel")
     if config.get("_class_name") not in known:
         raise InputError(f"{path}: holds a {config.get('_class_name')}; give a folder of one of {', '.join(known)}")
-    names = HeliosTransformer3DModel.load_config(str(path.parent)).keys() & _config_names()
-    shape = {name: config[name] for name in names if name in config}
+    shape = {name: config[name] for name in sorted(CONFIG_KEYS & config.keys())} | {"has_multi_term_memory_patch": True}
     if config["_class_name"] == "WanTransformer3DModel":
         width = config["attention_head_dim"]
-        shape["rope_dim"] = [width - 4 * (width // 6), 2 * (width // 6), 2 * (width // 6)]  # Wan's own split: the rest goes to time
-        if config.get("image_dim") or config.get("added_kv_proj_dim"):
+        shape["rope_dim"] = [
+            width - 4 * (width // 6),
+            2 * (width // 6),
+            2 * (width // 6),
+        ]  # Wan's own split: the rest goes to time
+        images = config.get("image_dim") or config.get("added_kv_proj_dim")
+        if images or config.get("in_channels", 16) != config.get("out_channels", 16):  # 2.2 appends the image to the channels
             raise InputError(f"{path}: is an image-to-video Wan; Base starts from a text-to-video one")
     return shape
-
-
-def _config_names() -> set[str]:
-    import inspect
-
-    return set(inspect.signature(HeliosTransformer3DModel.__init__).parameters) - {"self"}
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -187,11 +188,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         weights = {}
         for file in files:
             with safe_open(folder / file, framework="pt") as tensors:
-                weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118
+                weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: the weights cannot be read ({error}); copy or export the folder again") from error
     return weights
-
-
-def _is_meta(module: nn.Module) -> bool:
-    return any(buffer.is_meta for buffer in module.buffers())

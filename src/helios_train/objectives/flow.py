@@ -1,4 +1,7 @@
-"""Flow matching on one section, given its history (Helios, Base stage): `x_t = sigma eps + (1 - sigma) x0`, loss `(v - (eps - x0))^2`."""
+"""Flow matching on one section, given its history (Helios, Base stage).
+
+`x_t = sigma eps + (1 - sigma) x0`, loss `(v - (eps - x0))^2`.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class FlowDraw:
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is differentiated. `sums` [2, BINS + 1] are detached sums for the log: losses and counts, by bin of sigma and overall."""
+    """`total` is differentiated. `sums` [2, BINS + 1] are for the log: losses and counts, by bin of sigma and overall."""
 
     total: Tensor
     sums: Tensor

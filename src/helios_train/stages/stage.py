@@ -1,4 +1,4 @@
-"""What all stages share: manual optimization in which one Lightning batch is one iteration, and the only counter is global_step."""
+"""What all stages share: manual optimization; one Lightning batch is one iteration, and global_step the only counter."""
 
 from __future__ import annotations
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
@@ -22,6 +24,7 @@ from helios_train.history.corrupt import Corrupt
 from helios_train.history.mix import Mix
 from helios_train.models import adapters, checkpoint, manifest
 from helios_train.models.codecs import Codec, dct_codec
+from helios_train.models.ema import Ema
 from helios_train.models.precision import DTYPES
 from helios_train.models.text import HashText
 from helios_train.models.transformer import HeliosTransformer, load_transformer, random_transformer, read_shape
@@ -29,7 +32,7 @@ from helios_train.objectives.flow import FlowObjective
 from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.base import BaseRecipe, BaseStage
-from helios_train.stages.stage import LearningRate
+from helios_train.stages.stage import LearningRate, Stage
 
 STUDENT = "student"
 CAPTION_DROP = 0.1  # of runs that start from random weights: guidance needs it, and no base model has taught it
@@ -49,7 +52,7 @@ def toy_spec(config: Config) -> ToySpec | None:
     """What the rendered videos look like; None unless data=toy."""
     if not isinstance(config.data, ToyData):
         return None
-    return ToySpec(size=config.data.size, **{name: value for name, value in asdict(config.data.toy).items()})
+    return ToySpec(size=config.data.size, **asdict(config.data.toy))
 
 
 def source(config: Config) -> Path:
@@ -91,7 +94,9 @@ def _same_encoders(config: Config, module: WindowModule) -> None:
     sizes = {(bucket.height, bucket.width) for bucket in module.store.buckets}
     if config.data.size not in sizes:
         have = ", ".join(f"[{h},{w}]" for h, w in sorted(sizes))
-        raise InputError(f"{config.data.root}: holds videos of {have}, data.size is {list(config.data.size)}; set data.size to one of them")
+        raise InputError(
+            f"{config.data.root}: holds videos of {have}, data.size is {list(config.data.size)}; set data.size to one of them"
+        )
 
 
 def shape(config: Config) -> dict[str, Any]:
@@ -129,7 +134,9 @@ def start(config: Config, weights: str = "auto") -> Start:
         run = trained(path, weights)
         return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=sampler(run.config))
     if not path.is_dir():
-        raise InputError(f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt")
+        raise InputError(
+            f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt"
+        )
     _same_shape(config, path)
     known = manifest.read_manifest(path)
     lineage, base = (known.lineage, known.base) if known else ((), None)
@@ -142,7 +149,9 @@ def _same_shape(config: Config, folder: Path) -> None:
     for name, value in wanted.items():
         there = found.get(name, value)
         if (list(there) if isinstance(there, (list, tuple)) else there) != value:
-            raise InputError(f"init={folder}: has {name}={there}, model={config.model.name} has {value}; choose the model of that folder")
+            raise InputError(
+                f"init={folder}: has {name}={there}, model={config.model.name} has {value}; choose the model of that folder"
+            )
 
 
 def trains_fully(config: Config) -> bool:
@@ -184,8 +193,29 @@ def base_recipe(config: Config) -> BaseRecipe:
         weighting=stage.flow.weighting,
     )
     return BaseRecipe(
-        FlowObjective(levels), Mix(**mix, group=mix_group), Corrupt(**corrupt, group=corrupt_group), config.seed, config.data.global_batch
+        FlowObjective(levels),
+        Mix(**mix, group=mix_group),
+        Corrupt(**corrupt, group=corrupt_group),
+        config.seed,
+        config.data.global_batch,
     )
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key; a dict for a group of keys."""
+    value: Any = asdict(config)
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def published_value(config: Config, key: str) -> Any:
+    """What the recipe's own file gives a dotted key."""
+    file = resources.files("helios_train.conf") / "recipe" / f"{config.stage.name}_{config.recipe.name}.yaml"
+    value: Any = yaml.safe_load(file.read_text())
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> Optimizer:
@@ -193,7 +223,7 @@ def optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> Optimizer:
     o = config.optimizer
     common = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
     if o.name == "adamw":
-        return AdamW(list(parameters), **common)  # type: ignore[arg-type]
+        return AdamW(list(parameters), fused=True, **common)  # type: ignore[arg-type]
     from bitsandbytes.optim import AdamW8bit  # here: it probes for CUDA when imported
 
     return AdamW8bit(list(parameters), **common)  # type: ignore[arg-type]
@@ -205,8 +235,10 @@ def learning_rate(config: Config) -> LearningRate:
     return LearningRate(o.lr, o.schedule, o.warmup, o.decay, o.total)
 
 
-def stage(config: Config, transformer: HeliosTransformer) -> BaseStage:
-    """The stage around an adapted transformer."""
+def stage(config: Config) -> BaseStage:
+    """The stage of a run, from its first weights on."""
+    transformer = start(config).transformer
+    adapt(config, transformer)
     return BaseStage(
         base_recipe(config),
         transformer=transformer,
@@ -214,6 +246,12 @@ def stage(config: Config, transformer: HeliosTransformer) -> BaseStage:
         rate=learning_rate(config),
         clip=config.optimizer.clip,
     )
+
+
+def ema(config: Config, stage: Stage) -> Ema | None:
+    """The moving average of what the stage trains; None where it is off."""
+    settings = config.stage.ema
+    return Ema(stage.masters.state_dict(), settings.decay, settings.start) if settings.decay else None
 
 
 def sampler(config: Config) -> SamplerSettings:
@@ -242,7 +280,13 @@ class Trained:
         """The lineage with this run as its last link."""
         trained_how = "full" if trains_fully(self.config) else "lora"
         link = manifest.Link(
-            self.config.stage.name, self.config.recipe.name, self.iteration, self.which, trained_how, self.config.seed, self.dataset
+            self.config.stage.name,
+            self.config.recipe.name,
+            self.iteration,
+            self.which,
+            trained_how,
+            self.config.seed,
+            self.dataset,
         )
         return (*self.start.lineage, link)
 
@@ -253,7 +297,9 @@ class Trained:
             "codec": {"name": config.codec.name, "fingerprint": codec(config).fingerprint()},
             "text": {"name": config.text.name, "fingerprint": text(config).fingerprint(), "rows": config.text.rows},
         }
-        return manifest.ModelManifest(self.lineage(), asdict(sampler(config)), size=config.data.size, base=self.start.base, **encoders)
+        return manifest.ModelManifest(
+            self.lineage(), asdict(sampler(config)), size=config.data.size, base=self.start.base, **encoders
+        )
 
 
 def trained(path: Path, weights: str) -> Trained:
@@ -282,7 +328,7 @@ def trained(path: Path, weights: str) -> Trained:
 
 def unadapted(run: Trained) -> HeliosTransformer:
     """A plain transformer with the run's weights folded in."""
-    plain = random_transformer(shape(run.config), DTYPES[run.config.model.dtype], 0)
+    plain = random_transformer(manifest.shape_of(run.start.transformer), DTYPES[run.config.model.dtype], 0)
     weights = run.folded()
     checkpoint.audit({name: tuple(value.shape) for name, value in plain.state_dict().items()}, weights, "the folded weights")
     plain.load_state_dict(weights)

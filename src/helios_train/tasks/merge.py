@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,38 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     if config.init is None:
         raise InputError("task=merge needs init=<run folder or checkpoints/<iteration>.ckpt>")
     source = Path(config.init)
-    output = Path(config.merge.output) if config.merge.output else (source if source.is_dir() else source.parent.parent) / "merged"
+    output = (
+        Path(config.merge.output) if config.merge.output else (source if source.is_dir() else source.parent.parent) / "merged"
+    )
     merge(source, output, config.merge.weights)
     print(f"merged {source} into {output}")
 
 
 def merge(source: Path, output: Path, weights: str) -> Path:
-    """Folds what a run trained into its base and writes the folder; InputError where `output` holds something already."""
+    """Folds what a run trained into its base and writes the folder, which has its name only once it is whole and checked.
+
+    InputError where `output` holds something already.
+    """
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: is not empty; choose another merge.output, nothing was overwritten")
     run_ = build.trained(source, weights)
     plain = run_.folded()
     adapted = run_.start.transformer
     _put(adapted, run_.values)
-    links = {} if build.trains_fully(run_.config) else {run_.config.stage.name: adapters.link_state(adapted, build.STUDENT, run_.values)}
+    links: dict[str, dict[str, torch.Tensor]] = {}
+    if not build.trains_fully(run_.config):
+        links[run_.config.stage.name] = adapters.link_state(adapted, build.STUDENT, run_.values)
     settings = build.sampler(run_.config)
-    manifest.write_folder(output, build.shape(run_.config), plain, settings.scheduler(), run_.model_manifest(), links)
-    merged = load_transformer(output, adapted.proj_out.weight.dtype)
-    check_forward(adapted, merged)
+    unfinished = output.with_name(output.name + ".tmp")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)  # of a merge that was killed
+    try:
+        shape = manifest.shape_of(adapted)
+        manifest.write_folder(unfinished, shape, plain, settings.scheduler(), run_.model_manifest(), links)
+        check_forward(adapted, load_transformer(unfinished, adapted.proj_out.weight.dtype))
+        unfinished.replace(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return output
 
 
@@ -58,7 +73,9 @@ def check_forward(before: HeliosTransformer, after: HeliosTransformer) -> float:
     one, other = (model.eval().velocity(x_t, torch.tensor([500.0]), text, history) for model in (before, after))
     distance = float((one - other).norm() / one.norm().clamp_min(1e-12))
     if not distance <= TOLERANCE[dtype]:
-        raise HeliosError(f"the merged weights compute something else than the run's: relative distance {distance:.2e}; keep the run")
+        raise HeliosError(
+            f"the merged weights compute something else than the run's: relative distance {distance:.2e}; keep the run"
+        )
     return distance
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from helios_train.conf.schema import Config
 from helios_train.data.module import WindowModule
@@ -35,16 +36,34 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
         f"trains {how}: {sum(trained.values()):,} parameters",
         *(f"  {group:<16} {number:>15,}" for group, number in trained.items()),
         "",
-        f"data {config.data.root}: {clips} clips to train on, {len(data.held_out)} held out; captions dropped {data.settings.caption_drop:g}",
+        f"data {config.data.root}: {clips} clips to train on, {len(data.held_out)} held out",
+        f"captions dropped with probability {data.settings.caption_drop:g}",
         f"epoch of {data.order.batches} iterations; {data.order.fill} samples an epoch repeat to fill the last batch",
         f"global batch {batch} = micro batch {micro} x {devices} devices x {batch // micro // devices} accumulated",
         f"{config.trainer.max_steps} iterations = {batch * config.trainer.max_steps:,} windows",
         f"disk for checkpoints: {disk / 1e6:,.0f} MB",
         "",
         "recipe",
-        *(f"  {key}: {source}" for key, source in config.recipe.sources.items()),
+        *(line for key, source in config.recipe.sources.items() for line in _recipe_lines(config, key, source)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _recipe_lines(config: Config, key: str, source: str) -> list[str]:
+    """A key's value and where it comes from: the recipe's source, unless an experiment or the command line changed it."""
+    value, published = build.value_of(config, key), build.published_value(config, key)
+    names = sorted(published) if isinstance(published, dict) else []
+    changed = {name: value[name] for name in names if value[name] != published[name]} if names else {}
+    lines = [f"  {key} = {_shown(published if changed else value)}", f"    from: {source}"]
+    if changed:
+        lines.append(f"    changed by the experiment or the command line: {_shown(changed)}")
+    elif not names and value != published:
+        lines[1] = f"    changed by the experiment or the command line; the recipe has {_shown(published)}"
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"{name} {part}" for name, part in value.items()) if isinstance(value, dict) else str(value)
 
 
 def hours(config: Config, done: int, seconds: float) -> str:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from helios_train import rng
 from helios_train.conf.schema import Config
@@ -37,7 +36,9 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     sampler = VideoSampler(build.codec(config), build.text(config), settings, config.data.size, wanted.fps, config.seed)
     figures: list[dict[str, Any]] = []
     for number, prompt in enumerate(prompts):
-        saved, judged = sampler.sample(begun.transformer, prompt, number, wanted.sections, wanted.steps, wanted.guidance, Path(wanted.output))
+        saved, judged = sampler.sample(
+            begun.transformer, prompt, number, wanted.sections, wanted.steps, wanted.guidance, Path(wanted.output)
+        )
         if judged:
             figures.append(judged)
         print(f"{saved.mp4}\n{saved.sheet}", flush=True)
@@ -50,11 +51,16 @@ def _same_encoders(config: Config) -> None:
     if known and known.text["fingerprint"] != build.text(config).fingerprint():
         raise InputError(f"init={config.init}: was trained with text {known.text['name']!r}, not this config's; choose that one")
     if known and known.codec["fingerprint"] != build.codec(config).fingerprint():
-        raise InputError(f"init={config.init}: was trained with codec {known.codec['name']!r}, not this config's; choose that one")
+        raise InputError(
+            f"init={config.init}: was trained with codec {known.codec['name']!r}, not this config's; choose that one"
+        )
 
 
 class VideoSampler:
-    """Samples prompts with one codec, text encoder and sampler, `size` = (H, W) in pixels; noise is a function of (seed, number)."""
+    """Samples prompts with one codec, text encoder and sampler, `size` = (H, W) in pixels.
+
+    A video's noise is a function of (seed, number).
+    """
 
     def __init__(self, codec: Codec, text: HashText, settings: SamplerSettings, size: tuple[int, int], fps: float, seed: int):
         self.codec, self.text, self.settings = codec, text, settings
@@ -84,6 +90,9 @@ def toy_captions(config: Config, count: int) -> list[str]:
 def summary(figures: list[dict[str, Any]]) -> str:
     """The crude tracker's figures over all videos, a line."""
     right = sum(bool(f["colour_right"] and f["background_right"]) for f in figures)
-    ratios = [f["ratio"] for f in figures if f["ratio"] is not None]
+    ratios = [f["ratio"] for f in figures if f["ratio"] is not None and math.isfinite(f["ratio"])]
     worst = f"{max(ratios):.2f}" if ratios else "-"
-    return f"toy tracker: colour and background right in {right} of {len(figures)}; largest border jump / motion inside sections {worst}"
+    return (
+        f"toy tracker: colour and background right in {right} of {len(figures)}; "
+        f"border jump at most {worst} times the motion inside sections"
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -44,22 +46,16 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     if main:
         prepare.toy_shards(config)
     data = build.data(config)
-    stage = build.stage(config, _adapted(config))
-    ema = Ema(stage.masters.state_dict(), config.stage.ema.decay, config.stage.ema.start) if config.stage.ema.decay else None
+    stage = build.stage(config)
+    ema = build.ema(config, stage)
     done = iteration_of(checkpoint) if checkpoint else 0
     if main:
         _announce(config, folder, stage, data, done)
-    trainer = _trainer(config, folder, stage, ema, done)
-    trainer.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.is_global_zero and config.watch.sample:
+    loop = trainer(config, folder, stage, ema, done)
+    loop.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if loop.is_global_zero and config.watch.sample:
         _last_video(config, folder, stage, ema)
     folder.unlock()
-
-
-def _adapted(config: Config) -> Any:
-    begun = build.start(config).transformer
-    build.adapt(config, begun)
-    return begun
 
 
 def _local_rank() -> int:
@@ -68,7 +64,7 @@ def _local_rank() -> int:
 
 def _folder(config: Config, raw: dict[str, Any]) -> tuple[RunFolder, Path | None, Config]:
     """The run folder, the checkpoint to go on from (None: a new run), and the config that holds from now on."""
-    if _local_rank() or RUN_DIR in os.environ:
+    if _local_rank():
         if RUN_DIR not in os.environ:
             raise InputError("this process is one of several and was told no run folder; let trainer.devices start them")
         folder = RunFolder.open(Path(os.environ[RUN_DIR]))
@@ -109,7 +105,9 @@ def _to_resume(config: Config, raw: dict[str, Any]) -> RunFolder | None:
         folder = RunFolder.open(found)
     changed = _changed(folder.load_config(), raw)
     if changed:
-        raise InputError(f"{folder.path}: cannot resume with another {', '.join(changed)}; start a new run, or put the old values back")
+        raise InputError(
+            f"{folder.path}: cannot resume with another {', '.join(changed)}; start a new run, or put the old values back"
+        )
     return folder
 
 
@@ -135,8 +133,11 @@ def _announce(config: Config, folder: RunFolder, stage: Stage, data: WindowModul
     print(f"run folder {folder.path}", flush=True)
 
 
-def _trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, done: int) -> L.Trainer:
-    checkpoint = RunCheckpoint(folder.checkpoints, config.checkpoint.every, config.checkpoint.keep, config.trainer.nonfinite_limit)
+def trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, done: int) -> L.Trainer:
+    """Lightning's Trainer with everything that happens around a step; `done` iterations are in the checkpoint to go on from."""
+    checkpoint = RunCheckpoint(
+        folder.checkpoints, config.checkpoint.every, config.checkpoint.keep, config.trainer.nonfinite_limit
+    )
     callbacks: list[Callback] = []
     if ema:
         callbacks.append(EmaCallback(ema))
@@ -147,6 +148,7 @@ def _trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, d
     callbacks += [Preempt(checkpoint), checkpoint]
     if config.trainer.progress:
         callbacks.append(RichProgressBar())
+    _quieten()
     main = _local_rank() == 0
     return L.Trainer(
         accelerator=config.trainer.accelerator,
@@ -167,6 +169,12 @@ def _trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, d
     )
 
 
+def _quieten() -> None:
+    """Leaves Lightning its warnings, and takes from it advertisements, notes on defaults and its own deprecated calls."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+
+
 def _measured(config: Config, folder: RunFolder, done: int, seconds: float) -> None:
     """Adds what the run will take to its card."""
     if _local_rank() == 0:
@@ -180,13 +188,21 @@ def _measured(config: Config, folder: RunFolder, done: int, seconds: float) -> N
 def _last_video(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None) -> None:
     """One video into videos/, of the caption of a toy video (or of nothing), from the average where there is one."""
     watch = config.watch
-    sampler = sample.VideoSampler(build.codec(config), build.text(config), build.sampler(config), config.data.size, 25, config.seed)
+    sampler = sample.VideoSampler(
+        build.codec(config), build.text(config), build.sampler(config), config.data.size, 25, config.seed
+    )
     sampler.settings = replace(sampler.settings, solver="euler")
     prompt = sample.toy_captions(config, 1)[0] if build.toy_spec(config) else ""
     values = ema.average if ema else stage.masters.state_dict()
     with Ema(values, 0.0).swapped_in(stage.masters.weights):
         saved, judged = sampler.sample(
-            stage.transformer, prompt, stage.trainer.global_step, watch.sample_sections, watch.sample_steps, watch.sample_guidance, folder.videos
+            stage.transformer,
+            prompt,
+            stage.trainer.global_step,
+            watch.sample_sections,
+            watch.sample_steps,
+            watch.sample_guidance,
+            folder.videos,
         )
     print(f"{saved.mp4}\n{saved.sheet}")
     if judged:

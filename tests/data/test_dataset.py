@@ -1,0 +1,119 @@
+"""Windows read through real shards equal windows cut out of the whole latents."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from helios_train.data.batch import MicroBatches, Piece, stack
+from helios_train.data.dataset import WindowDataset
+from helios_train.data.index import ClipStore
+from helios_train.data.order import Ref
+from helios_train.data.writer import Sample
+from helios_train.errors import InputError
+from helios_train.history import windows
+
+Dataset = tuple[Path, list[Sample]]
+EVERY = [(sample, section) for sample in range(8) for section in range(2 if sample < 3 else 4)]
+
+
+def opened(dataset: Dataset, rows: int = 5, seed: int = 0, caption_drop: float = 0.0) -> WindowDataset:
+    return WindowDataset(ClipStore(dataset[0]), rows, seed, caption_drop)
+
+
+def assert_is_window(piece: Piece, sample: Sample, section: int) -> None:
+    """The window cut out of all of the clip's sections up to the target."""
+    latents = sample.latents.float()
+    target, frames, anchor = windows.cut(latents[: section + 1], latents[0, :, 0], windows.Span(section, 0))
+    assert torch.equal(piece.target, target) and torch.equal(piece.frames, frames) and torch.equal(piece.anchor, anchor)
+    assert torch.equal(piece.target, latents[section])
+    assert (piece.section, piece.count, piece.anchored) == (section, min(19, 9 * section), section > 0)
+    assert {piece.target.dtype, piece.frames.dtype, piece.anchor.dtype, piece.text.dtype} == {torch.float32}
+
+
+def test_every_window_of_every_clip(dataset: Dataset) -> None:
+    windows_of = opened(dataset)
+    for sample, section in EVERY:
+        piece = windows_of.piece(Ref(0, 0, 0, sample), section)
+        assert_is_window(piece, dataset[1][sample], section)
+
+
+def test_only_the_sections_of_the_window_are_read(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    whole = ClipStore.sections
+
+    def sections(self: ClipStore, sample: int, first: int, last: int) -> torch.Tensor:
+        asked.append((sample, first, last))
+        return whole(self, sample, first, last)
+
+    monkeypatch.setattr(ClipStore, "sections", sections)
+    opened(dataset).piece(Ref(0, 0, 0, 4), 0)
+    opened(dataset).piece(Ref(0, 0, 0, 4), 3)
+    assert asked == [(4, 0, 1), (4, 0, 4)]
+
+
+def test_text_is_padded_with_zeros(dataset: Dataset) -> None:
+    for number, sample in enumerate(dataset[1]):
+        text = opened(dataset).text(number)
+        words = len(sample.text)
+        assert text.shape == (5, 8) and torch.equal(text[:words], sample.text.float()) and not text[words:].any()
+    assert {len(sample.text) for sample in dataset[1]} == {0, 1, 2, 3}
+
+
+def test_text_that_is_too_long_is_an_error_that_says_what_to_do(dataset: Dataset) -> None:
+    assert opened(dataset, rows=3).text(3).shape == (3, 8)
+    with pytest.raises(
+        InputError, match=r"clip_a-000000003 has 3 text rows, the model takes 2: prepare it again with text.rows=2"
+    ):
+        opened(dataset, rows=2).text(3)
+    with pytest.raises(InputError, match="clip_a-000000003"):  # not by luck of the caption drop
+        opened(dataset, rows=2).piece(Ref(0, 0, 0, 3), 0, dropped=True)
+
+
+def test_the_section_is_uniform_and_belongs_to_epoch_and_sample(dataset: Dataset) -> None:
+    windows_of = opened(dataset)
+    drawn = [[windows_of[Ref(0, 0, epoch, sample)].section for epoch in range(150)] for sample in (0, 4, 5)]
+    assert drawn[1] != drawn[2]
+    for sections, count in ((drawn[0], 2), (drawn[1] + drawn[2], 4)):
+        seen, wanted = Counter(sections), len(sections) / count
+        assert set(seen) == set(range(count))
+        assert sum((number - wanted) ** 2 / wanted for number in seen.values()) < 16.3  # 0.1 % of three degrees of freedom
+    again = [windows_of[Ref(9, 3, epoch, 4)].section for epoch in range(150)]
+    assert again == drawn[1]  # iteration and position play no part
+    assert [opened(dataset, seed=1)[Ref(0, 0, epoch, 4)].section for epoch in range(150)] != drawn[1]
+
+
+def test_share_of_dropped_captions(dataset: Dataset) -> None:
+    windows_of, count, share = opened(dataset, caption_drop=0.3), 400, 0.3
+    dropped = []
+    for epoch in range(count):
+        piece = windows_of[Ref(0, 0, epoch, 7)]
+        assert not piece.text.any() or torch.equal(piece.text, windows_of.text(7))
+        dropped.append(not piece.text.any())
+    assert abs(sum(dropped) / count - share) < 4 * (share * (1 - share) / count) ** 0.5
+    sections = [windows_of[Ref(0, 0, epoch, 7)].section for epoch in range(count)]
+    halves = [[d for d, section in zip(dropped, sections, strict=True) if section % 2 == odd] for odd in (0, 1)]
+    assert all(abs(sum(half) / len(half) - share) < 0.12 for half in halves)  # whichever section it is
+
+
+@pytest.mark.parametrize(("caption_drop", "kept"), [(0.0, True), (1.0, False)])
+def test_captions_all_kept_or_all_dropped(dataset: Dataset, caption_drop: float, kept: bool) -> None:
+    windows_of = opened(dataset, caption_drop=caption_drop)
+    texts = [windows_of[Ref(0, 0, epoch, 3)].text for epoch in range(20)]
+    assert all(bool(text.any()) == kept for text in texts)
+
+
+def test_pieces_are_stacked_in_micro_batches(dataset: Dataset) -> None:
+    windows_of = opened(dataset)
+    refs = [Ref(6, position, 2, sample) for position, sample in enumerate((0, 3, 4, 1))]
+    pieces = [windows_of.piece(ref, section) for ref, section in zip(refs, (1, 3, 0, 0), strict=True)]
+    first, second = MicroBatches(2)(pieces)
+    assert torch.equal(first.target[1], pieces[1].target) and torch.equal(second.history.frames[0], pieces[2].frames)
+    assert first.history.counts == (9, 19) and second.history.anchored == (False, False)
+    assert (first.positions, second.positions, first.iteration, first.sections) == ([0, 1], [2, 3], 6, (1, 3))
+    assert torch.equal(stack(pieces).text, torch.stack([piece.text for piece in pieces]))
+    assert dataclasses.replace(first).to("cpu").refs == first.refs
