@@ -1,6 +1,7 @@
 """Runs the command line, and writes down every sample and a digest of every random draw of each iteration, to a file a rank.
 
-Usage: HELIOS_TRAIN_TEST_RECORD=PREFIX driver.py <arguments of python -m helios_train>. Lightning starts it again for further ranks.
+Usage: HELIOS_TRAIN_TEST_RECORD=PREFIX driver.py <arguments of python -m helios_train>
+Lightning starts it again for further ranks.
 """
 
 import hashlib

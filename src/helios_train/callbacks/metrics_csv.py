@@ -17,7 +17,7 @@ class MetricsCsv(Logger):
     """
 
     def __init__(self, path: Path, resumed_at: int | None = None):
-        """`resumed_at`: the iteration a resumed run starts from; rows after it go."""
+        """`resumed_at`: the iteration a resumed run goes on from; rows after it go. None: run and file start at 0."""
         super().__init__()
         self.path = path
         self.columns: list[str] = []
@@ -28,7 +28,7 @@ class MetricsCsv(Logger):
                 rows = [row for row in reader if _whole(row)]
                 self.columns = list(reader.fieldnames or [])
         if self.columns:
-            self._rewrite([row for row in rows if resumed_at is None or int(row["iteration"]) <= resumed_at])
+            self._rewrite([row for row in rows if resumed_at is not None and int(row["iteration"]) <= resumed_at])
 
     @property
     def name(self) -> str:

@@ -69,4 +69,4 @@ def _data(data: Data, devices: int) -> Iterator[str]:
         if low > high:
             yield f"data.toy.{name}=[{low:g},{high:g}]: must be [smallest, largest]"
     if 2 * toy.radius[1] >= NOMINAL_SIDE:
-        yield f"data.toy.radius: a shape of radius {toy.radius[1]:g} px does not fit; it is given for a shorter side of {NOMINAL_SIDE}"
+        yield f"data.toy.radius: {toy.radius[1]:g} px does not fit; it is given for videos whose shorter side is {NOMINAL_SIDE}"

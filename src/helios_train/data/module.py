@@ -72,7 +72,7 @@ class WindowModule(L.LightningDataModule):
             )
         workers = self.settings.workers
         return DataLoader(
-            self.dataset,
+            self.dataset,  # type: ignore[arg-type]  # the collate function makes windows of its pieces
             batch_sampler=Cursor(self.order, self.start, rank, ranks),  # type: ignore[arg-type]
             collate_fn=MicroBatches(self.settings.micro_batch),
             num_workers=workers,

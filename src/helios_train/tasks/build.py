@@ -293,12 +293,13 @@ class Trained:
     def model_manifest(self) -> manifest.ModelManifest:
         """What the merged folder says of itself."""
         config = self.config
-        encoders = {
-            "codec": {"name": config.codec.name, "fingerprint": codec(config).fingerprint()},
-            "text": {"name": config.text.name, "fingerprint": text(config).fingerprint(), "rows": config.text.rows},
-        }
         return manifest.ModelManifest(
-            self.lineage(), asdict(sampler(config)), size=config.data.size, base=self.start.base, **encoders
+            lineage=self.lineage(),
+            sampler=asdict(sampler(config)),
+            codec={"name": config.codec.name, "fingerprint": codec(config).fingerprint()},
+            text={"name": config.text.name, "fingerprint": text(config).fingerprint(), "rows": config.text.rows},
+            size=config.data.size,
+            base=self.start.base,
         )
 
 

@@ -35,15 +35,16 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     settings = SamplerSettings((begun.sampler or build.sampler(config)).dynamic_shift, wanted.solver)
     sampler = VideoSampler(build.codec(config), build.text(config), settings, config.data.size, wanted.fps, config.seed)
     figures: list[dict[str, Any]] = []
+    paths: list[str] = []
     for number, prompt in enumerate(prompts):
-        saved, judged = sampler.sample(
-            begun.transformer, prompt, number, wanted.sections, wanted.steps, wanted.guidance, Path(wanted.output)
-        )
-        if judged:
-            figures.append(judged)
-        print(f"{saved.mp4}\n{saved.sheet}", flush=True)
+        print(f"sampling {number + 1} of {len(prompts)}: {prompt}", flush=True)
+        plan = wanted.sections, wanted.steps, wanted.guidance
+        saved, judged = sampler.sample(begun.transformer, prompt, number, *plan, Path(wanted.output))
+        figures += [judged] if judged else []
+        paths += [str(saved.mp4), str(saved.sheet)]
     if figures:
         print(summary(figures))
+    print("\n".join(paths))
 
 
 def _same_encoders(config: Config) -> None:

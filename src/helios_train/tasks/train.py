@@ -158,7 +158,7 @@ def trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, do
         max_epochs=-1,
         precision="32-true",
         callbacks=callbacks,
-        logger=MetricsCsv(folder.metrics, done) if main else False,
+        logger=MetricsCsv(folder.metrics, done or None) if main else False,
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=True,
         enable_progress_bar=config.trainer.progress,

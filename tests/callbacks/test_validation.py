@@ -1,0 +1,77 @@
+"""Held-out loss: the right things are dropped and swapped, and every validation sees the same noise."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helios_train.callbacks.validation import HeldOut, other_captions
+from helios_train.data.batch import Window
+from helios_train.data.order import Ref
+from helios_train.diffusion.schedule import NoiseLevels
+from helios_train.history import History
+from helios_train.objectives.flow import FlowObjective
+
+
+def window(batch: int = 3) -> Window:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    history = History(normal(batch, 2, 19, 2, 2), normal(batch, 2, 1, 2, 2), (19,) * batch, (True,) * batch)
+    refs = tuple(Ref(0, position, 0, 10 + position) for position in range(batch))
+    return Window(normal(batch, 2, 9, 2, 2), history, normal(batch, 4, 3), refs, (3,) * batch)
+
+
+def test_other_captions_are_others() -> None:
+    text = torch.tensor([1.0, 1.0, 2.0, 3.0])[:, None, None].expand(4, 2, 2)
+    assert other_captions(text)[:, 0, 0].tolist() == [2.0, 2.0, 3.0, 1.0]
+    assert torch.equal(other_captions(text[:2]), text[:2])  # there is no other
+
+
+class Seen:
+    """A network that notes what it is given."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Tensor, Tensor, Tensor, History]] = []
+
+    def velocity(self, x_t: Tensor, t: Tensor, text: Tensor, history: History) -> Tensor:
+        self.calls.append((x_t, t, text, history))
+        return torch.zeros_like(x_t) + history.frames.mean() + text.mean()
+
+
+def measured(seed: int = 0) -> tuple[dict[str, float], Seen]:
+    network = Seen()
+    stage: Any = SimpleNamespace(transformer=network, device=torch.device("cpu"))
+    callback = HeldOut(FlowObjective(NoiseLevels()), (0.5, 0.9), clips=3, every=1, seed=seed, ema=None)
+    return callback.measure(stage, [window()]), network
+
+
+def test_cases_see_full_dropped_and_swapped_conditions() -> None:
+    metrics, network = measured()
+    given = window()
+    assert len(network.calls) == 6
+    for first in (0, 3):
+        full, dropped, wrong = network.calls[first : first + 3]
+        assert torch.equal(full[0], dropped[0]) and torch.equal(full[0], wrong[0])  # the same noise in all cases
+        assert torch.equal(full[3].frames, given.history.frames) and torch.equal(full[2], given.text)
+        assert dropped[3].frames.abs().max() == 0 and dropped[3].anchor.abs().max() == 0 and torch.equal(dropped[2], given.text)
+        assert torch.equal(wrong[2], given.text[[1, 2, 0]]) and torch.equal(wrong[3].frames, given.history.frames)
+    for call, time in ((0, 500.0), (3, 900.0)):
+        assert torch.allclose(network.calls[call][1], torch.full((3,), time))
+    x_t, target = network.calls[3][0], given.target
+    noise = (x_t - 0.1 * target) / 0.9
+    constant = float(given.history.frames.mean() + given.text.mean())
+    assert metrics["held_out/full/sigma_0.9"] == pytest.approx(float((constant - (noise - target)).square().mean()), rel=1e-4)
+    assert metrics["held_out/full"] == pytest.approx(np.mean([metrics[f"held_out/full/sigma_{s}"] for s in (0.5, 0.9)]))
+
+
+def test_noise_is_a_function_of_seed_and_clip() -> None:
+    assert measured()[0] == measured()[0]
+    assert measured(seed=1)[0] != measured()[0]
