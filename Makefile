@@ -9,10 +9,10 @@ RUN    ?= runs/demo/$(shell date +%Y%m%d-%H%M%S)
 RUN    := $(RUN)
 HELIOS := $(VENV)/bin/python -m helios_train
 
-SAMPLE := sample.steps=25 sample.guidance=3
+SAMPLE := sample.steps=25 sample.guidance=3 sample.solver=euler
 ifeq ($(DEMO),quick)
 TRAIN  := data.toy.clips=16 data.held_out=4 trainer.max_steps=8 optimizer.warmup=2 watch.every=4 watch.sample_steps=3
-SAMPLE := sample.steps=3
+SAMPLE := sample.steps=3 sample.solver=euler
 endif
 
 # With a second thread that waits busily, a core in use elsewhere slows a step twentyfold.

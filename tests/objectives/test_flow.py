@@ -15,7 +15,8 @@ from helios_train.history import History
 from helios_train.objectives.flow import BINS, FlowDraw, FlowObjective, Loss, log_names
 
 SHAPE = (3, 9, 4, 6)
-SIGMAS = np.array([1.0, 0.999, 0.8, 0.5, 0.4, 0.2, 0.199, 0.001], dtype=np.float32)
+# With shifted levels, which lie between those of the table.
+SIGMAS = np.array([1.0, 0.98765, 0.8, 0.51234, 0.4, 0.2, 0.1996, 0.001], dtype=np.float32)
 OF_BIN = [4, 4, 4, 2, 2, 1, 0, 0]  # 0.8 opens the last bin, 1.0 belongs to it
 PLAIN = FlowObjective(NoiseLevels())
 

@@ -125,7 +125,7 @@ def test_the_lineage_and_the_adapter(runs: Path, tiny_run: Run, tmp_path: Path) 
     assert [(link.trained, link.weights, link.iterations) for link in second.lineage] == [("full", "ema", 3), ("lora", "last", 2)]
     assert second.base and second.size == (64, 64)
     assert not list((runs / "full" / "merged" / "adapters").iterdir())
-    file = tmp_path / "out" / "adapters" / "base.safetensors"
+    file = tmp_path / "out" / "adapters" / "base_2.safetensors"
     plain = HeliosTransformer3DModel.from_pretrained(runs / "full" / "merged", subfolder="transformer")
     before = velocity(plain)
     plain.load_lora_adapter(str(file), adapter_name="link")

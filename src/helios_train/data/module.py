@@ -59,8 +59,8 @@ class WindowModule(L.LightningDataModule):
         self.start = int(state_dict["iteration"])
 
     def _identity(self) -> dict[str, Any]:
-        order = self.settings
-        return {"seed": order.seed, "global_batch": order.global_batch, "dataset": self.store.manifest.manifest_sha}
+        names = ("seed", "global_batch", "held_out")
+        return {**{name: getattr(self.settings, name) for name in names}, "dataset": self.store.manifest.manifest_sha}
 
     def train_dataloader(self) -> DataLoader[list[Window]]:
         """One element is one iteration: this rank's micro-batches of a global batch, from the cursor on, without end."""

@@ -46,7 +46,7 @@ def merge(source: Path, output: Path, weights: str) -> Path:
     _put(adapted, run_.values)
     links: dict[str, dict[str, torch.Tensor]] = {}
     if not build.trains_fully(run_.config):
-        links[run_.config.stage.name] = adapters.link_state(adapted, build.STUDENT, run_.values)
+        links[_link_name(run_)] = adapters.link_state(adapted, build.STUDENT, run_.values)
     settings = build.sampler(run_.config)
     unfinished = output.with_name(output.name + ".tmp")
     if unfinished.exists():
@@ -54,11 +54,25 @@ def merge(source: Path, output: Path, weights: str) -> Path:
     try:
         shape = manifest.shape_of(adapted)
         manifest.write_folder(unfinished, shape, plain, settings.scheduler(), run_.model_manifest(), links)
+        for file in _earlier_links(run_):
+            shutil.copy(file, unfinished / "adapters")
         check_forward(adapted, load_transformer(unfinished, adapted.proj_out.weight.dtype))
         unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return output
+
+
+def _link_name(run_: build.Trained) -> str:
+    """The stage; a second link of one stage is `<stage>_2`, and so on."""
+    stage = run_.config.stage.name
+    before = sum(link.stage == stage for link in run_.start.lineage)
+    return f"{stage}_{before + 1}" if before else stage
+
+
+def _earlier_links(run_: build.Trained) -> list[Path]:
+    """The adapters of the folder the run started from."""
+    return sorted((Path(run_.config.init) / "adapters").glob("*.safetensors")) if run_.config.init else []
 
 
 @torch.no_grad()

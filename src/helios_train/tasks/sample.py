@@ -89,11 +89,13 @@ def toy_captions(config: Config, count: int) -> list[str]:
 
 
 def summary(figures: list[dict[str, Any]]) -> str:
-    """The crude tracker's figures over all videos, a line."""
+    """The crude tracker's figures over all videos, a line: names right, and the mean step across section borders beside the
+    mean step inside sections (pixels a frame)."""
     right = sum(bool(f["colour_right"] and f["background_right"]) for f in figures)
-    ratios = [f["ratio"] for f in figures if f["ratio"] is not None and math.isfinite(f["ratio"])]
-    worst = f"{max(ratios):.2f}" if ratios else "-"
-    return (
-        f"toy tracker: colour and background right in {right} of {len(figures)}; "
-        f"border jump at most {worst} times the motion inside sections"
-    )
+    line = f"toy tracker: colour and background right in {right} of {len(figures)}"
+    moving = [f for f in figures if math.isfinite(f["ratio"]) and math.isfinite(f["motion"])]
+    if not moving:
+        return line
+    jump, motion = (sum(f[name] for f in moving) / len(moving) for name in ("border_jump", "motion"))
+    ratios = f"ratio {jump / motion:.2f} (worst video {max(f['ratio'] for f in moving):.2f})"
+    return f"{line}; border jump {jump:.2f} px, motion {motion:.2f} px a frame, {ratios}"
