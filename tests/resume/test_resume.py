@@ -192,6 +192,7 @@ def test_signals_save_and_leave(runs: Runs, number: signal.Signals, ranks: int) 
     assert not list((runs.folder / name / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("unkilled", [1], indirect=True)
 def test_resume_refuses_what_may_not_change(runs: Runs, unkilled: tuple[int, Path]) -> None:
     ranks, whole = unkilled
     command, environment = runs.command(whole.name, ranks, 0, "resume=auto", "optimizer.lr=0.5", "trainer.max_steps=20")
