@@ -120,10 +120,10 @@ def test_published_phases() -> None:
 def test_toy_base() -> None:
     config = compose(["experiment=toy_base"])
     stage, data = config.stage, config.data
-    assert (stage.mix.t2v, stage.mix.i2v, stage.mix.v2v, stage.mix.full) == (0.25, 0.05, 0.1, 0.6)
+    assert (stage.mix.t2v, stage.mix.i2v, stage.mix.v2v, stage.mix.full) == (0.1, 0.05, 0.1, 0.75)
     assert (stage.flow.density, stage.flow.stratified, stage.flow.shift) == ("logit_normal", True, 2.0)
     assert (stage.ema.decay, stage.caption_drop, data.size) == (0.99, 0.1, (64, 64))
-    assert (config.optimizer.lr, config.optimizer.warmup, config.optimizer.total) == (2e-3, 50, 1700)
+    assert (config.optimizer.lr, config.optimizer.warmup, config.optimizer.total) == (2e-3, 50, 2000)
 
 
 def test_an_experiment_gives_way_to_the_command_line() -> None:
