@@ -59,10 +59,11 @@ def ours(overrides: list[str], folder: Path) -> tuple[list[float], list[float]]:
 
 
 def bare(overrides: list[str]) -> list[float]:
-    """One turn of the bare loop over the same data, draws, network, objective and optimizer."""
+    """One turn of the bare loop over the same data, draws, network, objective, optimizer and moving average."""
     config = compose(overrides)
     data, stage = build.data(config), build.stage(config)
-    optimizer = build.optimizer(config, stage.masters)
+    optimizer, ema = build.optimizer(config, stage.masters), build.ema(config, stage)
+    assert ema is not None
     ends = []
     for _, windows in zip(range(BLOCK), data.train_dataloader(), strict=False):
         for window in windows:
@@ -73,6 +74,7 @@ def bare(overrides: list[str]) -> list[float]:
         nn.utils.clip_grad_norm_(list(stage.masters), config.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad()
+        ema.update(stage.masters.masters)
         ends.append(time.perf_counter())
     return seconds(ends)
 
