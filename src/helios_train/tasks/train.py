@@ -33,7 +33,8 @@ from helios_train.stages.stage import Stage
 from helios_train.tasks import build, prepare, run_card, sample
 
 # What a resumed run may change; anything else is refused by name.
-CHANGEABLE = ("trainer", "data.workers", "logger", "run_dir", "resume", "task", "checkpoint", "watch.sample")
+LOOP = tuple(f"trainer.{name}" for name in ("devices", "accelerator", "max_steps", "progress"))
+CHANGEABLE = (*LOOP, "data.workers", "logger", "run_dir", "resume")
 # Made from keys that may change, and fixed by the first start all the same: schedules go on as they began.
 FIXED_BY_FIRST_START = ("optimizer.total",)
 RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
