@@ -16,7 +16,8 @@ TREE = Path(helios_train.conf.__file__).parent
 FILES = sorted(path.relative_to(TREE) for path in TREE.rglob("*.yaml"))
 OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2 and not re.match(r"recipe/base_", str(path))]
 NEEDS = {  # what an option cannot stand without
-    ("model", "14b"): ["text.rows=512", "text.dim=4096"],
+    ("model", "14b"): ["text=umt5"],
+    ("text", "umt5"): ["model=14b"],
 }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
-from helios_train.conf.schema import Config, Data, FolderData, Model, ToyData
+from helios_train.conf.schema import Config, Data, FolderData, Model, Prepare, Sample, ToyData
 from helios_train.errors import ConfigError
 
 NOMINAL_SIDE = 64  # pixels of the shorter side that lengths of toy videos are given for
@@ -36,8 +37,38 @@ def _broken(config: Config) -> Iterator[str]:
             f"model.text_dim={config.model.text_dim} and text.dim={config.text.dim}: must be equal; "
             f"choose a text of that width, or set text.dim={config.model.text_dim}"
         )
-    if config.prepare and isinstance(config.data, FolderData) and config.prepare.source is None:
-        yield "prepare.source=null: name the folder of mp4 files to prepare (or choose data=toy)"
+    if config.prepare:
+        yield from _prepare(config.prepare, config)
+    if config.sample:
+        yield from _sample(config.sample)
+
+
+def _prepare(prepare: Prepare, config: Config) -> Iterator[str]:
+    if isinstance(config.data, FolderData) and prepare.source is None:
+        yield "prepare.source=null: name the folder of videos to prepare (or choose data=toy)"
+    part = re.fullmatch(r"(\d+)/(\d+)", prepare.part)
+    if part is None or not 1 <= int(part[1]) <= int(part[2]):
+        yield f"prepare.part={prepare.part}: must be k/n with 1 <= k <= n, the k-th of n shares, such as 3/16"
+    for name, key, group in (("codec", config.codec, "wan"), ("text", config.text, "umt5")):
+        if key.name == group and getattr(key, "weights", None) is None:
+            yield f"{name}.weights=null: {name}={group} needs its weights to encode; name a diffusers folder"
+    for listed in ("sizes", "lengths"):
+        if getattr(prepare, listed) == ():
+            yield f"prepare.{listed}=[]: name at least one, or null"
+
+
+def _sample(sample: Sample) -> Iterator[str]:
+    if sample.image is not None and sample.video is not None:
+        yield "sample.image and sample.video: a video begins from one of them; give one"
+    if sample.script is None:
+        return
+    if sample.prompt is not None:
+        yield "sample.prompt and sample.script: one video has one of them; give one"
+    sections = [section for section, _ in sample.script]
+    if not sections or sections[0] != 0 or any(a >= b for a, b in zip(sections, sections[1:])):
+        yield f"sample.script: sections must rise from 0, got {sections}; the first caption stands at section 0"
+    elif sections[-1] >= sample.sections:
+        yield f"sample.script: section {sections[-1]} lies past the end; sample.sections={sample.sections}"
 
 
 def _sum_to_one(key: str, shares: dict[str, float]) -> Iterator[str]:

@@ -18,6 +18,7 @@ AtLeast0 = Annotated[float, Range(at_least=0)]
 Decay = Annotated[float, Range(at_least=0, below=1)]
 Sigma = Annotated[float, Range(above=0, at_most=1)]
 Pixels = Annotated[int, Range(at_least=16, multiple=16)]
+Frames = Annotated[int, Range(at_least=33)]
 Draw = Literal["sample", "micro_batch"]
 Weights = Literal["auto", "ema", "last"]
 
@@ -34,7 +35,16 @@ class Prepare:
     """Keys of task=prepare."""
 
     source: str | None
+    sizes: Literal["published"] | tuple[tuple[Pixels, Pixels], ...] | None
+    lengths: Literal["published"] | tuple[Frames, ...] | None
+    start: Literal["first", "random"]
+    stride: Positive
     shard_samples: Positive
+    raw: bool
+    part: str
+    bad: Literal["stop", "skip"]
+    timeout: Above0
+    batch: Positive
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Merge:
 
     output: str | None
     weights: Weights
+    adapter_only: bool
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class Sample:
     """Keys of task=sample."""
 
     prompt: str | tuple[str, ...] | None
+    script: tuple[tuple[Count, str], ...] | None
+    crossfade: Count
+    image: str | None
+    video: str | None
     count: Positive
     sections: Positive
     steps: Positive
@@ -170,12 +185,35 @@ class DctCodec:
 
 
 @dataclass(frozen=True)
-class HashText:
+class WanCodec:
+    """Keys of codec=wan."""
+
+    name: Literal["wan"]
+    weights: str | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """What every text encoder has."""
+
+    rows: Positive
+    dim: Positive
+
+
+@dataclass(frozen=True)
+class HashText(Text):
     """Keys of text=hash."""
 
     name: Literal["hash"]
-    rows: Positive
-    dim: Positive
+
+
+@dataclass(frozen=True)
+class Umt5Text(Text):
+    """Keys of text=umt5."""
+
+    name: Literal["umt5"]
+    weights: str | None
+    dtype: Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -264,6 +302,25 @@ class CsvLogger:
 
 
 @dataclass(frozen=True)
+class TensorBoardLogger:
+    """Keys of logger=tensorboard."""
+
+    name: Literal["tensorboard"]
+
+
+@dataclass(frozen=True)
+class WandbLogger:
+    """Keys of logger=wandb."""
+
+    name: Literal["wandb"]
+    project: str
+    entity: str | None
+    group: str | None
+    tags: tuple[str, ...]
+    mode: Literal["auto", "online", "offline"]
+
+
+@dataclass(frozen=True)
 class Watch:
     """What is looked at while training."""
 
@@ -271,7 +328,9 @@ class Watch:
     every: Count
     clips: Positive
     sigmas: tuple[Sigma, ...]
+    quantiles: Count
     sample: bool
+    sample_every: Count
     sample_steps: Positive
     sample_guidance: AtLeast0
     sample_sections: Positive
@@ -303,11 +362,11 @@ class Config:
     data: ToyData | FolderData
     recipe: Recipe
     model: Model
-    codec: DctCodec
-    text: HashText
+    codec: DctCodec | WanCodec
+    text: HashText | Umt5Text
     optimizer: Optimizer
     memory: PlainMemory
-    logger: CsvLogger
+    logger: CsvLogger | TensorBoardLogger | WandbLogger
     watch: Watch
     experiment: Experiment
     checkpoint: Checkpoint
@@ -326,13 +385,13 @@ GROUPS: dict[str, dict[str, type]] = {
     "stage": {"base": BaseStage},
     "recipe": {"": Recipe},
     "model": {"": Model},
-    "codec": {"dct": DctCodec},
-    "text": {"hash": HashText},
+    "codec": {"dct": DctCodec, "wan": WanCodec},
+    "text": {"hash": HashText, "umt5": Umt5Text},
     "data": {"toy": ToyData, "folder": FolderData},
     "optimizer": {"": Optimizer},
     "memory": {"plain": PlainMemory},
     "trainer": {"": Trainer},
-    "logger": {"csv": CsvLogger},
+    "logger": {"csv": CsvLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger},
     "watch": {"": Watch},
     "experiment": {"": Experiment},
 }
