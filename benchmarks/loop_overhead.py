@@ -66,7 +66,7 @@ def bare(overrides: list[str]) -> list[float]:
     assert ema is not None
     ends = []
     for _, windows in zip(range(BLOCK), data.train_dataloader(), strict=False):
-        for window in windows:
+        for window in (window.to("cpu") for window in windows):
             draws = stage.draws(window)
             history = stage.history(window, draws)
             loss = stage.recipe.objective(stage.transformer.velocity, window.target, window.text, history, draws.flow)

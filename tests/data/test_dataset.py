@@ -34,7 +34,7 @@ def assert_is_window(piece: Piece, sample: Sample, section: int) -> None:
     assert torch.equal(piece.target, target) and torch.equal(piece.frames, frames) and torch.equal(piece.anchor, anchor)
     assert torch.equal(piece.target, latents[section])
     assert (piece.section, piece.count, piece.anchored) == (section, min(19, 9 * section), section > 0)
-    assert {piece.target.dtype, piece.frames.dtype, piece.anchor.dtype, piece.text.dtype} == {torch.float32}
+    assert {piece.target.dtype, piece.frames.dtype, piece.anchor.dtype, piece.text.dtype} == {torch.bfloat16}
 
 
 def test_every_window_of_every_clip(dataset: Dataset) -> None:

@@ -98,6 +98,19 @@ def test_loaded_windows_equal_windows_of_the_whole_latents(data: tuple[Path, dic
     assert seen == set(samples)
 
 
+def test_a_window_is_widened_where_it_is_used(data: tuple[Path, dict[str, Sample]]) -> None:
+    loaded = batches(module(data[0]), 1)[0][0]
+    used = loaded.to("cpu")
+    for before, after in (
+        (loaded.target, used.target),
+        (loaded.text, used.text),
+        (loaded.history.frames, used.history.frames),
+        (loaded.history.anchor, used.history.anchor),
+    ):
+        assert before.dtype == torch.bfloat16 and after.dtype == torch.float32 and torch.equal(before.float(), after)
+    assert (used.refs, used.sections, used.history.counts) == (loaded.refs, loaded.sections, loaded.history.counts)
+
+
 def test_workers_do_not_change_what_is_loaded(data: tuple[Path, dict[str, Sample]]) -> None:
     count = 7  # into the second epoch
     alone = batches(module(data[0], caption_drop=0.3), count)

@@ -14,11 +14,14 @@ from helios_train.history import History
 
 @dataclass(frozen=True)
 class Window:
-    """Target and history of one section of each of B clips, with their text and their places in the run."""
+    """Target and history of one section of each of B clips, with their text and their places in the run.
 
-    target: Tensor  # [B, C, 9, H, W] fp32
+    bf16 as it leaves the loader, fp32 (exactly the same numbers) from `to` on.
+    """
+
+    target: Tensor  # [B, C, 9, H, W]
     history: History
-    text: Tensor  # [B, rows, dim] fp32, rows past the prompt zero
+    text: Tensor  # [B, rows, dim], rows past the prompt zero
     refs: tuple[Ref, ...]
     sections: tuple[int, ...]
 
@@ -33,8 +36,9 @@ class Window:
         return self.refs[0].iteration
 
     def to(self, device: torch.device | str) -> Window:
-        """The same window on another device."""
-        return replace(self, target=self.target.to(device), history=self.history.to(device), text=self.text.to(device))
+        """The window on the device that works on it, in fp32; widened there, so that half the bytes travel."""
+        tensors = {name: getattr(self, name).to(device).float() for name in ("target", "text")}
+        return replace(self, history=self.history.to(device).to(device, torch.float32), **tensors)
 
 
 @dataclass(frozen=True)
