@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from diffusers import HeliosTransformer3DModel
+from diffusers import AutoencoderKLWan, HeliosTransformer3DModel
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
 from helios_train import rng
 from helios_train.conf import compose
@@ -52,3 +54,21 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
         run_task(compose.typed(raw), raw)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with a random Wan VAE (16 channels) in vae/ and a random UMT5 (32 wide) in text_encoder/, tokenizer/."""
+    folder = tmp_path_factory.mktemp("tiny_encoders")
+    letters = [f"{start}{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789.,!&<>" for start in ("▁", "")]
+    words = ["<pad>", "</s>", "<unk>", *letters, "▁", "▁red", "▁circle", "▁on", "ing", "▁the"]
+    T5TokenizerFast(vocab=[(word, -1.0) for word in words], extra_ids=0).save_pretrained(folder / "tokenizer")
+    shape = UMT5Config(vocab_size=len(words), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    with rng.forked(0, "tiny encoders"):
+        vae = AutoencoderKLWan(
+            base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+        )
+        text = UMT5EncoderModel(shape)
+    vae.save_pretrained(folder / "vae")
+    text.save_pretrained(folder / "text_encoder")
+    return folder

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,25 @@ print("locked", flush=True)
 time.sleep(60)
 """
 
+WRITE = """
+import os
+import sys
+from pathlib import Path
+from helios_train.errors import InputError
+from helios_train.run import RunFolder, write
+run = RunFolder(Path(sys.argv[1]))
+if os.geteuid() == 0:  # who may write anywhere
+    os.setgid(65534)
+    os.setuid(65534)
+acts = [run.lock, lambda: run.save_config({}), lambda: write(run.card, "")]
+for act in [*acts, lambda: RunFolder.create(run.path / "b", run.path)]:
+    try:
+        act()
+    except InputError as error:
+        print(error)
+"""
+SOURCE = str(Path(helios_train.__file__).parents[1])
+
 
 def make(folder: Path, iterations: list[int], config: dict[str, Any] | None = None) -> RunFolder:
     run = RunFolder.create(folder, folder)
@@ -38,7 +58,7 @@ def make(folder: Path, iterations: list[int], config: dict[str, Any] | None = No
 
 def holder(folder: Path, then: str = "") -> subprocess.Popen[str]:
     """A process that holds the lock of `folder`."""
-    environment = os.environ | {"PYTHONPATH": str(Path(helios_train.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": SOURCE}
     command = [sys.executable, "-c", HOLD.format(then=then), str(folder)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "locked\n"
@@ -76,15 +96,19 @@ class TestCreate:
         with pytest.raises(InputError, match="cannot create the run folder"):
             RunFolder.create(tmp_path / "file/run", tmp_path)
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_a_read_only_folder(self, tmp_path: Path) -> None:
-        run = make(tmp_path / "a", [])
-        run.path.chmod(0o500)
-        with pytest.raises(InputError, match="Permission denied"):
-            run.lock()
-        with pytest.raises(InputError, match="Permission denied"):
-            run.save_config({})
-        run.path.chmod(0o700)
+    def test_a_folder_without_the_right_to_write(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="helios_train_test_") as parent:
+            os.chmod(parent, 0o755)  # another user may look in
+            run = make(Path(parent) / "a", [])
+            run.path.chmod(0o555)
+            command, environment = [sys.executable, "-c", WRITE, str(run.path)], os.environ | {"PYTHONPATH": SOURCE}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            run.path.chmod(0o755)
+        said = done.stdout.splitlines()
+        assert len(said) == 4, done.stderr
+        for line, what in zip(said, ("lock the run folder", "write", "write", "create the run folder"), strict=True):
+            assert f"cannot {what}: Permission denied; give yourself the right to write there" in line
+        assert "config.yaml" in said[1] and "run_card.txt" in said[2]
 
     def test_default_name(self) -> None:
         assert default_folder("base", "toy_base", datetime(2026, 1, 2, 3, 4, 5)) == Path("runs/base/toy_base/2026-01-02_03-04-05")

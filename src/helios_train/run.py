@@ -1,15 +1,18 @@
 """A run folder: where things lie in it, who may write, which of several to go on with.
 
-It holds config.yaml, run_card.txt, metrics.csv, lock, checkpoints/<iteration>.ckpt and videos/.
+It holds config.yaml, run_card.txt, metrics.csv, lock, checkpoints/<iteration>.ckpt and videos/<iteration>_<caption>.mp4; with
+those loggers wandb.json and wandb/, or tensorboard/.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,13 @@ import yaml
 from helios_train.errors import InputError
 
 CHECKPOINT = re.compile(r"(\d+)\.ckpt")
+REMEDIES = {
+    errno.ENOSPC: "make room, then go on with resume=auto or the run folder's path",
+    errno.EDQUOT: "your quota is used up: make room, then go on with resume=auto or the run folder's path",
+    errno.EROFS: "the disk is mounted read-only: choose a run folder on one that can be written",
+    errno.EACCES: "give yourself the right to write there, or choose another run_dir",
+    errno.EPERM: "give yourself the right to write there, or choose another run_dir",
+}
 _held: set[int] = set()  # open lock files of this process
 _hooked = False
 
@@ -73,6 +83,16 @@ class RunFolder:
     def metrics(self) -> Path:
         """CSV file of the metrics, a row each time they are logged."""
         return self.path / "metrics.csv"
+
+    @property
+    def wandb(self) -> Path:
+        """JSON file of what a resumed W&B run needs; W&B's own files are in the folder wandb beside it."""
+        return self.path / "wandb.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
 
     @property
     def card(self) -> Path:
@@ -152,15 +172,7 @@ class RunFolder:
 
     def save_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml, whole or not at all; plain dicts, lists and scalars."""
-        unfinished = self.config.with_suffix(".yaml.tmp")
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                yaml.safe_dump(dict(config), file, sort_keys=False, allow_unicode=True, width=120)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self.config)
-        except OSError as error:
-            raise _cannot("write", self.config, error) from None
+        write(self.config, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=120))
 
     def load_config(self) -> dict[str, Any]:
         """Read config.yaml; InputError where it is missing or no mapping."""
@@ -173,6 +185,25 @@ class RunFolder:
         if not isinstance(config, dict):
             raise InputError(f"{self.config}: holds no config; start a new run")
         return config
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file of a run, whole or not at all; InputError where that cannot be done."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with writing(path), unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what goes wrong with the disk becomes one InputError about the file `path`, with what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise _cannot("write", path, error) from error
 
 
 def default_folder(stage: str, experiment: str, now: datetime) -> Path:
@@ -247,4 +278,5 @@ def _drop_locks() -> None:
 
 
 def _cannot(what: str, where: Path, error: OSError) -> InputError:
-    return InputError(f"{where}: cannot {what}: {error.strerror or error}")
+    remedy = f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+    return InputError(f"{where}: cannot {what}: {error.strerror or error}{remedy}")

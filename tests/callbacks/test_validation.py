@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from helios_train.callbacks.validation import HeldOut, other_captions
 from helios_train.data.batch import Window
 from helios_train.data.order import Ref
-from helios_train.diffusion.schedule import NoiseLevels
+from helios_train.diffusion.schedule import NoiseLevels, dynamic_mu, shift
 from helios_train.history import History
 from helios_train.objectives.flow import FlowObjective
 
@@ -49,14 +50,15 @@ class Seen:
 def measured(seed: int = 0) -> tuple[dict[str, float], Seen]:
     network = Seen()
     stage: Any = SimpleNamespace(transformer=network, device=torch.device("cpu"))
-    callback = HeldOut(FlowObjective(NoiseLevels()), (0.5, 0.9), clips=3, every=1, seed=seed, ema=None)
+    levels = NoiseLevels(density="uniform", dynamic="exponential")
+    callback = HeldOut(FlowObjective(levels), (0.5, 0.9), quantiles=2, clips=3, every=1, seed=seed, ema=None)
     return callback.measure(stage, [window()]), network
 
 
 def test_cases_see_full_dropped_and_swapped_conditions() -> None:
     metrics, network = measured()
     given = window()
-    assert len(network.calls) == 6
+    assert len(network.calls) == 6 + 2
     for first in (0, 3):
         full, dropped, wrong = network.calls[first : first + 3]
         assert torch.equal(full[0], dropped[0]) and torch.equal(full[0], wrong[0])  # the same noise in all cases
@@ -70,6 +72,21 @@ def test_cases_see_full_dropped_and_swapped_conditions() -> None:
     constant = float(given.history.frames.mean() + given.text.mean())
     assert metrics["held_out/full/sigma_0.9"] == pytest.approx(float((constant - (noise - target)).square().mean()), rel=1e-4)
     assert metrics["held_out/full"] == pytest.approx(np.mean([metrics[f"held_out/full/sigma_{s}"] for s in (0.5, 0.9)]))
+
+
+def test_quantiles_are_measured_at_the_levels_of_training_with_everything_given() -> None:
+    metrics, network = measured()
+    given = window()
+    constant = given.history.frames.mean() + given.text.mean()
+    for number, quantile in ((1, 0.25), (2, 0.75)):
+        sigma = float(shift(np.array(quantile), math.exp(dynamic_mu(9))))  # 9 tokens: latents of 9 x 2 x 2
+        x_t, time, text, history = network.calls[5 + number]
+        assert torch.allclose(time, torch.full((3,), 1000 * sigma)) and torch.equal(text, given.text)
+        assert torch.equal(history.frames, given.history.frames) and torch.equal(history.anchor, given.history.anchor)
+        noise = (x_t - (1 - sigma) * given.target) / sigma
+        error = float((constant - (noise - given.target)).square().mean())
+        assert metrics[f"held_out/full/quantile_{number}"] == pytest.approx(error, rel=1e-4)
+    assert not any("quantile" in name for name in metrics if not name.startswith("held_out/full/"))
 
 
 def test_noise_is_a_function_of_seed_and_clip() -> None:

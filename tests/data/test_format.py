@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helios_train.data.format import MANIFEST, Bucket, atomic, read_manifest, write_manifest
+from helios_train.data.format import MANIFEST, Bucket, RawInfo, atomic, read_manifest, write_manifest
 from helios_train.data.writer import Sample
 from helios_train.errors import InputError
 
@@ -64,6 +65,14 @@ def test_shards_stay_inside(dataset: tuple[Path, list[Sample]], url: str) -> Non
     manifest.__dict__.pop("manifest_sha")
     write_manifest(dataset[0], manifest)
     with pytest.raises(InputError, match="leads out of the dataset"):
+        read_manifest(dataset[0])
+
+
+def test_videos_stay_inside_too(dataset: tuple[Path, list[Sample]]) -> None:
+    manifest = read_manifest(dataset[0])
+    outside = dataclasses.replace(manifest, raw=(RawInfo("../videos.tar", 1, 1, "0" * 64, manifest.buckets[0].name),))
+    write_manifest(dataset[0], outside)
+    with pytest.raises(InputError, match="../videos.tar leads out of the dataset"):
         read_manifest(dataset[0])
 
 

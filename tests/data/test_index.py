@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -13,7 +14,7 @@ import torch
 
 from helios_train.data.format import Bucket, Manifest, ShardInfo, write_manifest
 from helios_train.data.index import OPEN_FILES, ClipStore
-from helios_train.data.writer import Sample, write_shard
+from helios_train.data.writer import Sample, raw_info, raw_shard, shard_paths, write_shard
 from helios_train.errors import InputError
 
 Dataset = tuple[Path, list[Sample]]
@@ -106,6 +107,39 @@ def test_cut_missing_and_swapped_files(dataset: Dataset) -> None:
     with pytest.raises(InputError, match="000000.idx: cannot be read"):
         ClipStore(root).key(3)
     assert len(ClipStore(root)) == 8 and torch.equal(ClipStore(root).sections(0, 0, 1), dataset[1][0].latents[:1])
+
+
+def test_the_index_of_another_shard(dataset: Dataset) -> None:
+    root = dataset[0]
+    first, second = (root / shard.index for shard in ClipStore(root).manifest.shards[1:])
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    for sample, number in ((3, "000000"), (6, "000001")):
+        with pytest.raises(InputError, match=f"{number}.idx: its sha256 is not the one dataset.json lists; copy the shard and"):
+            ClipStore(root).sections(sample, 0, 1)
+    with pytest.raises(InputError, match="idx: its sha256"):
+        list(ClipStore(root).keys())
+
+
+def test_all_keys_at_once(dataset: Dataset) -> None:
+    store = ClipStore(dataset[0])
+    store.key(4)  # one index is read already
+    assert [key.decode() for key in store.keys()] == [sample.key for sample in dataset[1]]
+
+
+def test_damaged_videos_are_found_by_verify(dataset: Dataset) -> None:
+    root, bucket = dataset[0], Bucket(66, 32, 48, 3)
+    (root / "clip.mp4").write_bytes(b"video" * 100)
+    url = shard_paths(bucket.name, 0)[2]
+    with raw_shard(root, url) as tar:
+        tar.add("clip_a-000000000", root / "clip.mp4", "mp4", {"frames": 66}, "a caption")
+    manifest = ClipStore(root).manifest
+    write_manifest(root, dataclasses.replace(manifest, raw=(raw_info(root, url, bucket.name, 1),)))
+    ClipStore(root).verify()
+    flip(root / url, 700)
+    with pytest.raises(InputError, match="raw/b00066x32x48/000000.tar: missing or not the file"):
+        ClipStore(root).verify()
 
 
 def test_a_shard_cut_while_open(dataset: Dataset) -> None:

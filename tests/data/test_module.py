@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from itertools import chain, islice
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_resuming_goes_on_at_the_cursor(data: tuple[Path, dict[str, Sample]]) ->
 
 def test_the_state_is_plain(data: tuple[Path, dict[str, Sample]]) -> None:
     state = module(data[0]).state_dict()
-    assert all(type(value) in (int, str) for value in state.values())
+    assert json.loads(json.dumps(state)) == state
     assert state["seed"] == 3 and state["global_batch"] == 4 and state["dataset"] == ClipStore(data[0]).manifest.manifest_sha
 
 
@@ -193,6 +194,11 @@ def test_the_choice_of_held_out_clips_depends_on_their_keys_only(data: tuple[Pat
     write(tmp_path / "larger", more=4)  # among more clips those that were held out stay ahead of those that were not
     assert [key for key in keys(tmp_path / "larger", 25) if key in data[1]][:4] == wanted
     assert keys(data[0], 0) == []
+
+
+def test_fewer_than_none_cannot_be_held_out(data: tuple[Path, dict[str, Sample]]) -> None:
+    with pytest.raises(InputError, match="data.held_out=-1: 0 or more"):
+        module(data[0], held_out=-1)
 
 
 @pytest.mark.parametrize("count", [14, 20])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import resource
+import signal
 import tarfile
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import torch
 import webdataset
 
 from helios_train.data.format import Bucket
-from helios_train.data.writer import Sample, write_shard
+from helios_train.data.writer import Sample, raw_shard, suffix_of, write_shard
 from helios_train.errors import InputError
 
 BUCKET = Bucket(33, 32, 32, n=1)
@@ -73,3 +76,45 @@ def test_a_long_key_fits_the_tar(tmp_path: Path) -> None:
     info = write_shard(tmp_path, BUCKET, 0, [sample(key="k" * 75)])
     (item,) = webdataset.WebDataset(str(tmp_path / info.url), shardshuffle=False)
     assert item["__key__"] == "k" * 75
+
+
+def test_videos_are_stored_as_they_came(tmp_path: Path) -> None:
+    for name, content in (("a.mp4", b"one"), ("b.MKV", b"two" * 5000), ("c.json", b"three"), ("d", b"four")):
+        (tmp_path / name).write_bytes(content)
+    names = ["a.mp4", "b.MKV", "c.json", "d"]
+    suffixes = [suffix_of(name) for name in names]
+    assert suffixes == ["mp4", "mkv", "video", "video"]  # what a record or a caption is called would be taken for one
+    for turn in ("one", "two"):
+        with raw_shard(tmp_path / turn, "raw/0.tar") as tar:
+            for number, (name, suffix) in enumerate(zip(names, suffixes, strict=True)):
+                tar.add(f"k-{number}", tmp_path / name, suffix, {"name": name}, "grün")
+        assert tar.samples == 4 and tar.suffixes == {"mp4", "mkv", "video"}
+    assert (tmp_path / "one/raw/0.tar").read_bytes() == (tmp_path / "two/raw/0.tar").read_bytes()
+    read = list(webdataset.WebDataset(str(tmp_path / "one/raw/0.tar"), shardshuffle=False))
+    for number, (item, name, suffix) in enumerate(zip(read, names, suffixes, strict=True)):
+        assert item["__key__"] == f"k-{number}" and item[suffix] == (tmp_path / name).read_bytes()
+        assert json.loads(item["json"]) == {"name": name} and item["txt"].decode() == "grün"
+
+
+def test_a_tar_of_videos_appears_only_when_whole(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), raw_shard(tmp_path, "raw/0.tar") as tar:
+        tar.add("k", tmp_path / "gone.mp4", "mp4", {}, "")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("size", [1000, 20_000])
+def test_a_full_disk_is_an_error_of_the_file(size: int, tmp_path: Path) -> None:
+    def child() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            write_shard(tmp_path, BUCKET, 0, [sample()])
+        except InputError as error:
+            return 3 if "000000.tar: cannot be written (File too large); free or choose" in str(error) else 4
+        return 5
+
+    pid = os.fork()  # a limit cannot be taken back
+    if not pid:
+        os._exit(child())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (3 if size == 1000 else 5)
+    assert bool([path for path in tmp_path.rglob("*") if path.is_file()]) == (size > 1000)

@@ -204,3 +204,36 @@ def test_weights_of_diffusers(weighting: str) -> None:
     found = NoiseLevels(weighting=weighting).weights(sigma)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5)
+
+
+class TestQuantiles:
+    """Levels that share the draws equally, rising."""
+
+    def test_uniform(self) -> None:
+        found = NoiseLevels(density="uniform").quantiles(4, TOKENS)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, [0.125, 0.375, 0.625, 0.875], rtol=1e-6)
+
+    @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.7)])
+    def test_logit_normal(self, mean: float, std: float) -> None:
+        found = NoiseLevels(density="logit_normal", mean=mean, std=std).quantiles(5, TOKENS)
+        normal = [NormalDist(mean, std).inv_cdf((i + 0.5) / 5) for i in range(5)]  # of u; the level is 1 - u
+        wanted = sorted(1 - 1 / (1 + math.exp(-value)) for value in normal)
+        np.testing.assert_allclose(found, wanted, atol=1.001 / STEPS)
+        assert (found >= np.array(wanted, dtype=np.float32)).all()  # the table rounds u down
+
+    def test_the_shift_of_these_tokens_is_in_them(self) -> None:
+        plain, moved = (NoiseLevels(density="uniform", fixed=2.0, dynamic=kind) for kind in ("none", "exponential"))
+        for tokens in (256, TOKENS):
+            factor = math.exp(dynamic_mu(tokens))
+            np.testing.assert_allclose(moved.quantiles(3, tokens), shift(plain.quantiles(3, tokens), factor), rtol=1e-6)
+
+    @pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
+    def test_each_has_an_equal_share_of_the_draws_around_it(self, density: str) -> None:
+        levels = NoiseLevels(density=density, dynamic="exponential", mode_scale=MODE_SCALE)
+        found, drawn = levels.quantiles(4, TOKENS), draws(levels)
+        below = [(drawn < level).mean() for level in found]
+        np.testing.assert_allclose(below, [0.125, 0.375, 0.625, 0.875], atol=0.03)
+
+    def test_none(self) -> None:
+        assert NoiseLevels().quantiles(0, TOKENS).shape == (0,)

@@ -8,37 +8,86 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import HeliosScheduler, HeliosTransformer3DModel
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from helios_train.errors import InputError
 from helios_train.models import manifest
-from helios_train.models.manifest import NAME, Link, ModelManifest, fingerprint, read_manifest, shape_of, write_folder
+from helios_train.models.manifest import (
+    NAME,
+    Link,
+    ModelManifest,
+    fingerprint,
+    read_manifest,
+    same_encoder,
+    shape_of,
+    write_adapter,
+    write_folder,
+)
 from helios_train.models.transformer import HeliosTransformer, load_transformer
 
 MANIFEST = ModelManifest(
     lineage=(Link("base", "corrected", 5, "ema", "full", 0, "d" * 64), Link("base", "released", 7, "last", "lora", 1, "e" * 64)),
     sampler={"time_shift_type": "exponential", "solver": "unipc"},
     codec={"name": "dct", "fingerprint": "c"},
-    text={"name": "hash", "fingerprint": "t", "rows": 16},
+    text={"name": "hash", "fingerprint": "t", "rows": 16, "dim": 64},
     size=(64, 128),
     base="f" * 64,
+    adapters={"base_2": ["adapters/base_2.safetensors", "adapters/base_2.trained_layers.safetensors"]},
 )
 
 
 def write(folder: Path, model: HeliosTransformer) -> None:
-    tensors = {"transformer.proj_out.lora_A.weight": torch.ones(2, 3)}
-    write_folder(folder, shape_of(model), model.state_dict(), HeliosScheduler(), MANIFEST, {"base": tensors})
+    write_folder(folder, shape_of(model), model.state_dict(), HeliosScheduler(), MANIFEST)
 
 
 def test_round_trip(tmp_path: Path, ours: HeliosTransformer) -> None:
     write(tmp_path, ours)
     assert read_manifest(tmp_path) == MANIFEST
     assert json.loads((tmp_path / NAME).read_text())["schema"] == manifest.SCHEMA
-    with safe_open(tmp_path / "adapters" / "base.safetensors", framework="pt") as file:
-        assert list(file.keys()) == ["transformer.proj_out.lora_A.weight"]
     HeliosScheduler.from_pretrained(tmp_path / "scheduler")
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "HeliosPipeline"
     assert read_manifest(tmp_path / "transformer") is None
+
+
+def test_an_adapter_and_what_trained_in_full_are_two_files(tmp_path: Path) -> None:
+    lora = {f"transformer.proj_out.lora_{side}.weight": torch.ones(2, 3) for side in "AB"}
+    files = write_adapter(tmp_path, "base_2", lora | {"patch_mid.bias": torch.zeros(2)})
+    assert files == MANIFEST.adapters["base_2"] and write_adapter(tmp_path, "mid", lora) == ["adapters/mid.safetensors"]
+    held = [load_file(tmp_path / file).keys() for file in files]
+    assert held == [lora.keys(), {"patch_mid.bias"}]
+    assert sorted(path.name for path in (tmp_path / "adapters").iterdir()) == [
+        "base_2.safetensors",
+        "base_2.trained_layers.safetensors",
+        "mid.safetensors",
+    ]
+
+
+RECORD = {"name": "wan", "fingerprint": "a" * 64, "rows": 512, "dim": 4096}
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        ({"name": "dct"}, "dct aaaaaaaaaaaa (512 rows of 4096)"),
+        ({"fingerprint": "b" * 64}, "wan bbbbbbbbbbbb (512 rows of 4096)"),
+        ({"rows": 256}, "wan aaaaaaaaaaaa (256 rows of 4096)"),
+        ({"dim": 32}, "wan aaaaaaaaaaaa (512 rows of 32)"),
+    ],
+)
+def test_records_that_differ(change: dict[str, object], shown: str) -> None:
+    with pytest.raises(InputError) as caught:
+        same_encoder("codec", RECORD, "the dataset D", RECORD | change, "this config", "prepare it again")
+    known = "the dataset D has wan aaaaaaaaaaaa (512 rows of 4096)"
+    assert str(caught.value) == f"codec: {known}, this config has {shown}; prepare it again"
+
+
+def test_records_agree_where_both_say_something() -> None:
+    named = {"name": "wan"}
+    same_encoder("codec", RECORD, "a", dict(RECORD), "b", "")
+    same_encoder("codec", RECORD | {"latents_mean": [0.0]}, "a", named, "b", "")
+    same_encoder("codec", named, "a", RECORD, "b", "")
+    with pytest.raises(InputError, match="b has dct weights unknown; x"):
+        same_encoder("codec", RECORD, "a", {"name": "dct"}, "b", "x")
 
 
 def damage(content: dict[str, object]) -> list[tuple[object, str]]:
@@ -48,6 +97,14 @@ def damage(content: dict[str, object]) -> list[tuple[object, str]]:
         ({key: value for key, value in content.items() if key != "size"}, "size"),
         (content | {"lineage": [{"stage": "base"}]}, "is no manifest"),
         ([content], "is no manifest"),
+        ("text", "is no manifest"),
+        (content | {"schema": "new"}, "is no manifest"),
+        (content | {"codec": "dct"}, "is no manifest"),
+        (content | {"text": {"name": "hash"}}, "is no manifest"),
+        (content | {"codec": {"name": "dct", "fingerprint": 7}}, "codec has no name and fingerprint"),
+        (content | {"size": 64}, "is no manifest"),
+        (content | {"adapters": {"base": ["../../elsewhere.safetensors"]}}, "lie elsewhere"),
+        (content | {"adapters": ["base"]}, "is no manifest"),
     ]
 
 
@@ -57,7 +114,12 @@ def test_what_cannot_be_followed_is_refused(tmp_path: Path, ours: HeliosTransfor
         (tmp_path / NAME).write_text(json.dumps(content))
         with pytest.raises(InputError, match=said):
             read_manifest(tmp_path)
-    (tmp_path / NAME).write_text("{")
+    for broken in (b"{", b"\xff\xfe", b""):
+        (tmp_path / NAME).write_bytes(broken)
+        with pytest.raises(InputError, match="is no manifest"):
+            read_manifest(tmp_path)
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).symlink_to("/proc/self/mem")  # a file that cannot be read, by anybody
     with pytest.raises(InputError, match="is no manifest"):
         read_manifest(tmp_path)
 

@@ -31,6 +31,11 @@ def test_case_and_punctuation_do_not_matter() -> None:
     assert torch.equal(rows("moving up-left"), rows("moving up left"))
 
 
+def test_any_characters_are_taken() -> None:
+    assert torch.equal(rows("a \x00red\x07 \ud83d circle\udcff"), rows("a red circle"))
+    assert rows("word " * 2000).shape == (16, 64) and rows("\ud800").shape == (0, 64)
+
+
 def test_a_row_is_its_word_and_the_one_before() -> None:
     a, b = rows("red circle and blue square"), rows("blue circle and red square")
     assert torch.equal(a[2], b[2])  # "and" after "circle" in both

@@ -253,6 +253,44 @@ def test_other_folders_are_refused(tmp_path: Path, tiny_transformer: Tiny) -> No
         load_transformer(folder, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[]", "config.json: is no JSON object"),
+        (b'"text"', "config.json: is no JSON object"),
+        (b"{", "config.json: cannot be read"),
+        (b"\xff\xfe", "config.json: cannot be read"),
+        (b"{}", "config.json: holds a None"),
+        (b'{"_class_name": "HeliosTransformer3DModel", "num_layers": "two"}', "config.json: makes no model"),
+        (b'{"_class_name": "HeliosTransformer3DModel", "num_attention_heads": -2}', "config.json: makes no model"),
+        (b'{"_class_name": "HeliosTransformer3DModel", "patch_size": 2}', "config.json: makes no model"),
+        (b'{"_class_name": "WanTransformer3DModel"}', "attention_head_dim is None, no whole number"),
+        (b'{"_class_name": "WanTransformer3DModel", "attention_head_dim": "x"}', "attention_head_dim is x, no whole number"),
+    ],
+)
+def test_a_damaged_config(tmp_path: Path, tiny_transformer: Tiny, content: bytes, said: str) -> None:
+    folder = saved(tmp_path, tiny_transformer())
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=said) as caught:
+        load_transformer(tmp_path, torch.float32)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 500, -1])
+def test_weights_cut_short(tmp_path: Path, tiny_transformer: Tiny, keep: int) -> None:
+    file = saved(tmp_path, tiny_transformer()) / f"{WEIGHTS}.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(InputError, match="the weights cannot be read .*copy or export the folder again"):
+        load_transformer(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": 1}', '{"weight_map": {"a": "none.safetensors"}}'])
+def test_a_damaged_index(tmp_path: Path, tiny_transformer: Tiny, index: str) -> None:
+    (saved(tmp_path, tiny_transformer()) / f"{WEIGHTS}.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match="the weights cannot be read"):
+        load_transformer(tmp_path, torch.float32)
+
+
 def test_bf16_keeps_what_diffusers_keeps(tmp_path: Path, tiny_transformer: Tiny) -> None:
     tiny_transformer().save_pretrained(tmp_path)
     theirs = HeliosTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from diffusers import HeliosPipeline, HeliosTransformer3DModel
 from torch import Tensor
 
 from helios_train.errors import InputError
-from helios_train.models.codecs import dct_codec
+from helios_train.history import History
+from helios_train.models.codecs import Codec, dct_codec
 from helios_train.rng import torch_generator
-from helios_train.sampling.pipeline import SampledVideo, SamplerSettings, build_pipeline, sample_t2v
+from helios_train.sampling.pipeline import OneLevel, SamplerSettings, build_pipeline, grown, pixels
+from helios_train.sampling.start import from_nothing
 
 SIZE = (64, 96)
 
@@ -29,9 +32,17 @@ def pipeline(tiny_transformer) -> HeliosPipeline:
     return build_pipeline(tiny_transformer(), dct_codec(), SamplerSettings())
 
 
-def sample(pipeline: HeliosPipeline, text: Tensor, sections: int = 2, guidance: float = 3.0, seed: int = 0) -> SampledVideo:
+class Sampled(NamedTuple):
+    latents: Tensor
+    frames: Tensor
+
+
+def sample(pipeline: HeliosPipeline, text: Tensor, sections: int = 2, guidance: float = 3.0, seed: int = 0) -> Sampled:
     generators = [torch_generator(seed, "sample", row) for row in range(len(text))]
-    return sample_t2v(pipeline, text, SIZE, sections, 3, guidance, generators)
+    denoise = OneLevel(pipeline, 3, guidance, generators)
+    latents = list(grown(denoise, [text] * sections, from_nothing(len(text), 16, SIZE)))
+    codec = Codec("dct", pipeline.vae)
+    return Sampled(torch.cat(latents, dim=2), torch.cat([pixels(codec, part) for part in latents], dim=1))
 
 
 @pytest.mark.parametrize("solver", ["unipc", "euler"])
@@ -124,23 +135,103 @@ def test_levels_are_shifted_floats(pipeline: HeliosPipeline, text: Tensor) -> No
     assert times[0].is_floating_point()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("solver", ["unipc", "euler"])
+def test_sections_are_the_pipeline_s_own_run(tiny_transformer, text: Tensor, solver: str, dtype: torch.dtype) -> None:
+    """One call a section gives what one call for all gives, bit for bit: noise, history, anchor, solver state."""
+    pipeline = build_pipeline(tiny_transformer().to(dtype), dct_codec(), SamplerSettings(solver=solver))
+    seen: list[Tensor] = []
+    names = ("latents_history_long", "latents_history_mid", "latents_history_short")
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(torch.cat([kwargs[name] for name in names], dim=2)), with_kwargs=True
+    )
+    own = pipeline(
+        prompt_embeds=text,
+        negative_prompt_embeds=torch.zeros_like(text),
+        height=SIZE[0],
+        width=SIZE[1],
+        num_frames=132,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        generator=[torch_generator(0, "sample", row) for row in range(2)],
+        output_type="latent",
+    ).frames
+    its, seen[:] = seen[:], []
+    assert own.shape == (2, 16, 36, 8, 12)
+    assert torch.equal(sample(pipeline, text, sections=4).latents, own)
+    assert len(its) == len(seen) == 4 * 3 * 2 and all(map(torch.equal, its, seen))
+
+
+def test_a_section_comes_before_the_next_is_begun(pipeline: HeliosPipeline, text: Tensor) -> None:
+    """Nothing is computed ahead, and the transformer has its mode back while the caller has a section."""
+    calls: list[bool] = []
+    pipeline.transformer.train().register_forward_pre_hook(lambda module, _: calls.append(module.training))
+    running = grown(OneLevel(pipeline, 2, 1.0, torch_generator(0, "sample")), [text[:1]] * 3, from_nothing(1, 16, SIZE))
+    for number in range(1, 4):
+        assert next(running).shape == (1, 16, 9, 8, 12)
+        assert calls == [False] * 2 * number and pipeline.transformer.training
+    with pytest.raises(StopIteration):
+        next(running)
+
+
+def test_nothing_is_decoded_on_the_way(pipeline: HeliosPipeline, text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(pipeline.vae), "decode", lambda *_, **__: pytest.fail("decoded"))
+    next(grown(OneLevel(pipeline, 1, 1.0, torch_generator(0, "sample")), [text[:1]], from_nothing(1, 16, SIZE)))
+
+
+def test_the_section_loop_knows_no_pipeline(text: Tensor) -> None:
+    """Any maker of sections will do; it hears which section it makes, its text, and what precedes it."""
+    heard: list[tuple[int, History]] = []
+
+    def denoise(section: int, text: Tensor, history: History) -> Tensor:
+        heard.append((section, history))
+        return torch.full((1, 16, 9, 8, 12), section + 1.0) + torch.arange(9).view(1, 1, 9, 1, 1) / 10 + text.mean()
+
+    texts = [torch.full((1, 16, 32), share) for share in (0.0, 0.01, 0.02, 0.03)]
+    *_, last = grown(denoise, texts, from_nothing(1, 16, SIZE))
+    assert [section for section, _ in heard] == [0, 1, 2, 3]
+    assert [history.counts for _, history in heard] == [(0,), (9,), (18,), (19,)]
+    assert [history.anchored for _, history in heard] == [(False,), (True,), (True,), (True,)]
+    assert all((history.anchor == 1).all() for _, history in heard[1:])
+    frames = [made + number / 10 for made in (1, 2.01, 3.02) for number in range(9)][-19:]
+    torch.testing.assert_close(heard[3][1].frames[0, 0, :, 0, 0], torch.tensor(frames))
+    torch.testing.assert_close(last[0, 0, 0], torch.full((8, 12), 4.03))
+
+
+def test_text_may_change_between_sections(pipeline: HeliosPipeline, text: Tensor) -> None:
+    """The sections before the change stay as they were, those after it do not; null text is zeros throughout."""
+    calls: list[Tensor] = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+
+    def run(texts: list[Tensor]) -> list[Tensor]:
+        return list(grown(OneLevel(pipeline, 2, 3.0, torch_generator(0, "sample")), texts, from_nothing(1, 16, SIZE)))
+
+    same, changed = run([text[:1]] * 3), run([text[:1], text[1:], text[1:]])
+    assert torch.equal(same[0], changed[0]) and not torch.equal(same[1], changed[1])
+    conditional = calls[12::2]
+    assert [torch.equal(call, text[:1]) for call in conditional] == [True] * 2 + [False] * 4
+    assert all(torch.equal(call, text[1:]) for call in conditional[2:]) and not any(call.any() for call in calls[1::2])
+
+
 def test_a_bf16_transformer_and_one_step(tiny_transformer, text: Tensor) -> None:
     pipeline = build_pipeline(tiny_transformer().to(torch.bfloat16), dct_codec(), SamplerSettings())
-    video = sample_t2v(pipeline, text[:1], SIZE, 1, 1, 1.0, torch_generator(0, "sample"))
-    assert video.latents.dtype == torch.float32 and video.frames.shape == (1, 33, *SIZE, 3)
+    latents = OneLevel(pipeline, 1, 1.0, torch_generator(0, "sample"))(0, text[:1], from_nothing(1, 16, SIZE))
+    assert latents.dtype == torch.float32 and pixels(dct_codec(), latents).shape == (1, 33, *SIZE, 3)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"size": (64, 72)}, "multiples of 16"),
-        ({"sections": 0}, "at least 1"),
-        ({"steps": 0}, "at least 1"),
+        ({"steps": 0}, "at least one"),
         ({"text": torch.zeros(1, 16, 31)}, "32"),
         ({"text": torch.zeros(16, 32)}, "32"),
     ],
 )
 def test_refusals(pipeline: HeliosPipeline, changes: dict[str, object], message: str) -> None:
-    given = {"text": torch.zeros(1, 16, 32), "size": SIZE, "sections": 1, "steps": 1} | changes
+    given = {"text": torch.zeros(1, 16, 32), "size": SIZE, "steps": 1} | changes
+    denoise = OneLevel(pipeline, given["steps"], 1.0, torch_generator(0, "sample"))
     with pytest.raises(InputError, match=message):
-        sample_t2v(pipeline, guidance=1.0, generator=torch_generator(0, "sample"), **given)
+        next(grown(denoise, [given["text"]], from_nothing(1, 16, given["size"])))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import HeliosTransformer3DModel
+from diffusers import HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from helios_train import rng
 from helios_train.errors import HeliosError, InputError
 from helios_train.history import FRAMES, SECTION, History
 from helios_train.models import adapters
+from helios_train.models.codecs import dct_codec
 from helios_train.models.manifest import read_manifest
 from helios_train.models.transformer import WEIGHTS, HeliosTransformer, load_transformer
 from helios_train.tasks import build, merge
@@ -42,6 +45,10 @@ def runs(request: pytest.FixtureRequest, tiny_run: Run, tmp_path_factory: pytest
 
 def dtype_of(runs: Path) -> torch.dtype:
     return DTYPES[runs.name.split("_")[1].removesuffix("0")]
+
+
+def dtype_name(runs: Path) -> str:
+    return "fp32" if dtype_of(runs) == torch.float32 else "bf16"
 
 
 def content(run: Path) -> dict[str, Any]:
@@ -124,16 +131,15 @@ def test_the_lineage_and_the_adapter(runs: Path, tiny_run: Run, tmp_path: Path) 
     assert first.base is None and len(first.lineage) == 1 and second.lineage[:1] == first.lineage
     assert [(link.trained, link.weights, link.iterations) for link in second.lineage] == [("full", "ema", 3), ("lora", "last", 2)]
     assert second.base and second.size == (64, 64)
-    assert not list((runs / "full" / "merged" / "adapters").iterdir())
-    file = tmp_path / "out" / "adapters" / "base_2.safetensors"
+    assert not (runs / "full" / "merged" / "adapters").exists() and not first.adapters
+    file, layers = (tmp_path / "out" / name for name in second.adapters["base_2"])
     plain = HeliosTransformer3DModel.from_pretrained(runs / "full" / "merged", subfolder="transformer")
     before = velocity(plain)
     plain.load_lora_adapter(str(file), adapter_name="link")
-    tensors, values = load_file(file), content(runs / "lora")["state_dict"]
-    assert len(tensors) == len(values)
-    whole = {name: value for name, value in tensors.items() if not name.startswith("transformer.")}
+    whole, values = load_file(layers), content(runs / "lora")["state_dict"]
+    assert len(load_file(file)) + len(whole) == len(values)
     assert {name.split(".")[0] for name in whole} == {"patch_short", "patch_mid", "patch_long"}
-    plain.load_state_dict(whole, strict=False)
+    assert not plain.load_state_dict(whole, strict=False).unexpected_keys
     merged = velocity(HeliosTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer"))
     distance = (velocity(plain) - merged).norm()
     if dtype_of(runs) == torch.float32:
@@ -144,9 +150,124 @@ def test_the_lineage_and_the_adapter(runs: Path, tiny_run: Run, tmp_path: Path) 
 @fp32
 def test_what_is_there_is_not_overwritten(runs: Path, tiny_run: Run, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not empty; choose another merge.output"):
-        tiny_run("task=merge", f"init={runs}/full", f"merge.output={tmp_path}")
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    for output in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(InputError, match="is not empty; choose another merge.output"):
+            tiny_run("task=merge", f"init={runs}/full", f"merge.output={output}")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"] and (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("patches", [True, False])
+def test_an_adapter_alone(runs: Path, tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], patches: bool) -> None:
+    """diffusers' pipeline takes it as a LoRA on the base it was trained on, and computes what the merged folder does."""
+    run = runs / "lora"
+    if not patches:
+        run, own = tmp_path / "run", "stage.lora.history_patches=false"
+        tiny_run(f"run_dir={run}", f"init={runs}/full/merged", *LORA, own, f"model.dtype={dtype_name(runs)}")
+    tiny_run("task=merge", f"init={run}", f"merge.output={tmp_path}/merged")
+    capsys.readouterr()
+    tiny_run("task=merge", f"init={run}", f"merge.output={tmp_path}/alone", "merge.adapter_only=true")
+    said, known = capsys.readouterr().out, read_manifest(tmp_path / "alone")
+    names = ["adapters/base_2.safetensors", *["adapters/base_2.trained_layers.safetensors"] * patches]
+    files = sorted(str(path.relative_to(tmp_path / "alone")) for path in (tmp_path / "alone").rglob("*") if path.is_file())
+    assert files == [*names, "helios_train.json"] and known.adapters == {"base_2": names}
+    assert all(name in said for name in names) and ("trained in full; the adapter needs them" in said) == patches
+    assert known.lineage == read_manifest(tmp_path / "merged").lineage
+    plain = HeliosTransformer3DModel.from_pretrained(runs / "full" / "merged", subfolder="transformer")
+    before = velocity(plain)
+    pipeline = HeliosPipeline(None, None, dct_codec().vae, HeliosScheduler(), plain)
+    pipeline.load_lora_weights(tmp_path / "alone" / names[0])
+    if patches:
+        plain.load_state_dict(load_file(tmp_path / "alone" / names[1]), strict=False)
+    merged = velocity(HeliosTransformer3DModel.from_pretrained(tmp_path / "merged", subfolder="transformer"))
+    distance = (velocity(plain) - merged).norm()
+    if dtype_of(runs) == torch.float32:
+        assert distance <= 1e-5 * merged.norm()
+    assert distance < 0.5 * (before - merged).norm()
+
+
+@fp32
+def test_no_adapter_to_write(runs: Path, tiny_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="every weight was trained, so there is no adapter; use merge.adapter_only=false"):
+        tiny_run("task=merge", f"init={runs}/full", f"merge.output={tmp_path}/out", "merge.adapter_only=true")
+    assert not list(tmp_path.iterdir())
+
+
+@fp32
+def test_an_adapter_alone_is_no_start(runs: Path, tiny_run: Run, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "lora", tmp_path / "run")
+    tiny_run("task=merge", f"init={run}", "merge.adapter_only=true")
+    assert read_manifest(run / "adapter") is not None
+    with pytest.raises(InputError, match="holds adapters alone; merge their run with merge.adapter_only=false"):
+        tiny_run(f"run_dir={tmp_path}/next", f"init={run}/adapter", *LORA)
+
+
+@fp32
+def test_every_link_s_adapter_comes_along(runs: Path, tiny_run: Run, tmp_path: Path) -> None:
+    tiny_run("task=merge", f"init={runs}/lora", f"merge.output={tmp_path}/second")
+    tiny_run(f"run_dir={tmp_path}/run", f"init={tmp_path}/second", *LORA)
+    tiny_run("task=merge", f"init={tmp_path}/run", f"merge.output={tmp_path}/third")
+    known = read_manifest(tmp_path / "third")
+    assert known.adapters.keys() == {"base_2", "base_3"} and [link.stage for link in known.lineage] == ["base"] * 3
+    for file in known.adapters["base_2"]:
+        assert (tmp_path / "third" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    assert (tmp_path / "third" / known.adapters["base_3"][0]).is_file()
+    (tmp_path / "second" / "adapters" / "base_2.safetensors").unlink()
+    with pytest.raises(InputError, match="base_2.safetensors: is missing, but helios_train.json lists it"):
+        tiny_run("task=merge", f"init={tmp_path}/run", f"merge.output={tmp_path}/again")
+    assert not (tmp_path / "again").exists() and not (tmp_path / "again.tmp").exists()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 96 KB: less than the weights, and more than a file's first pages."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", place], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no file system can be mounted here")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+@fp32
+@pytest.mark.parametrize("alone", ["true", "false"])
+def test_a_full_disk(runs: Path, tiny_run: Run, disk: Path, alone: str) -> None:
+    (disk / "mine.txt").write_text("mine")
+    (disk / "filled").write_bytes(bytes(60_000 if alone == "true" else 0))
+    with pytest.raises(InputError, match="out: cannot be written .*; make room, or choose another merge.output"):
+        tiny_run("task=merge", f"init={runs}/lora", f"merge.output={disk}/out", f"merge.adapter_only={alone}")
+    assert sorted(path.name for path in disk.iterdir()) == ["filled", "mine.txt"] and (disk / "mine.txt").read_text() == "mine"
+
+
+@fp32
+def test_a_place_that_cannot_be_written(runs: Path, tiny_run: Run, disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with pytest.raises(InputError, match="out: cannot be written .*Read-only file system"):
+        tiny_run("task=merge", f"init={runs}/lora", f"merge.output={disk}/out")
+    file = runs / "full" / "config.yaml"
+    with pytest.raises(InputError, match="cannot be written .*Not a directory"):
+        tiny_run("task=merge", f"init={runs}/lora", f"merge.output={file}/out")
+
+
+@fp32
+def test_the_encoders_are_those_of_the_dataset(runs: Path, tiny_run: Run, tmp_path: Path) -> None:
+    """As the shards were made, not as the config says now; the shards may be gone."""
+    run = shutil.copytree(runs / "full", tmp_path / "run")
+    file = max((run / "checkpoints").glob("*.ckpt"))
+    changed = content(run)
+    stored = changed["WindowModule"]["encoders"]
+    assert stored["codec"]["fingerprint"] == dct_codec().fingerprint() and stored["text"]["dim"] == 64
+    stored["codec"]["fingerprint"], stored["text"]["fingerprint"] = "c" * 64, "d" * 64
+    torch.save(changed, file)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(re.sub(r"(?m)^  root: .*$", f"  root: {tmp_path}/gone", config))
+    tiny_run("task=merge", f"init={run}", f"merge.output={tmp_path}/out")
+    known = read_manifest(tmp_path / "out")
+    assert known.codec == {"name": "dct", "fingerprint": "c" * 64}
+    assert known.text == {"name": "hash", "fingerprint": "d" * 64, "rows": 16, "dim": 64}
 
 
 @fp32

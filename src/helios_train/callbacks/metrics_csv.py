@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from helios_train.run import writing
 
 
 class MetricsCsv(Logger):
@@ -23,10 +26,7 @@ class MetricsCsv(Logger):
         self.columns: list[str] = []
         rows: list[dict[str, str]] = []
         if path.is_file():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                rows = [row for row in reader if _whole(row)]
-                self.columns = list(reader.fieldnames or [])
+            rows, self.columns = _read(path)
         if self.columns:
             self._rewrite([row for row in rows if resumed_at is not None and int(row["iteration"]) <= resumed_at])
 
@@ -46,25 +46,36 @@ class MetricsCsv(Logger):
         row = {"iteration": str(step), **{name: repr(float(value)) for name, value in metrics.items()}}
         new = [name for name in row if name not in self.columns]
         if new:
-            rows = []
-            if self.columns:
-                with self.path.open(newline="") as file:
-                    rows = list(csv.DictReader(file))
+            rows: list[dict[str, str]] = _read(self.path)[0] if self.columns else []
             self.columns += new
             self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
+        with writing(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         unfinished = self.path.with_name(self.path.name + ".tmp")
-        with unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        unfinished.replace(self.path)
+        with writing(self.path):
+            with unfinished.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+            unfinished.replace(self.path)
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The run folder's config.yaml has them."""
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Iteration and values of every row of the file, if there is one; an iteration may have several rows."""
+    for row in _read(path)[0] if path.is_file() else []:
+        yield int(row["iteration"]), {name: float(value) for name, value in row.items() if value and name != "iteration"}
+
+
+def _read(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """Whole rows, and the names of the columns."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        return [row for row in reader if _whole(row)], list(reader.fieldnames or [])
 
 
 def _whole(row: dict[str, str]) -> bool:

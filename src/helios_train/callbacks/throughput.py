@@ -16,11 +16,11 @@ WARM = 5  # first iterations of a run that are not timed: allocation, caches
 class Throughput(L.Callback):
     """Logs the stage's last step every `every` iterations, with seconds a step, samples a second and the share spent on data.
 
-    Columns of time start with `time/`: no two runs agree on them. `on_measured(seconds)` is called once, when a step's time is
-    known.
+    Columns of time start with `time/`: no two runs agree on them. `on_measured(seconds)`, if given, is called once, when a
+    step's time is known.
     """
 
-    def __init__(self, every: int, global_batch: int, on_measured: Callable[[float], None]):
+    def __init__(self, every: int, global_batch: int, on_measured: Callable[[float], None] | None = None):
         self.every, self.global_batch, self.on_measured = every, global_batch, on_measured
         self._steps = self._done = 0
         self._waited = 0.0
@@ -44,7 +44,7 @@ class Throughput(L.Callback):
         now = time.perf_counter()
         if self._done == WARM:
             self._since, self._waited, self._steps = now, 0.0, 0
-        if self._done == 2 * WARM:
+        if self._done == 2 * WARM and self.on_measured:
             self.on_measured((now - self._since) / max(1, self._steps))
         if trainer.global_step % self.every == 0:
             pl_module.report({**pl_module.last, **self._times(now)})

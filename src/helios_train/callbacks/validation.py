@@ -1,4 +1,4 @@
-"""Held-out loss by sigma: with the full history, with it dropped, and with a wrong caption.
+"""Held-out loss by sigma: with the full history, with it dropped, and with a wrong caption; and by quantile of what is trained.
 
 The mean hides whether history is used: at middle levels the noisy section itself says enough. At high sigma it does not.
 """
@@ -14,6 +14,7 @@ import torch
 
 from helios_train import rng
 from helios_train.data.batch import Window
+from helios_train.diffusion.schedule import token_count
 from helios_train.models.ema import Ema
 from helios_train.objectives.flow import FlowDraw, FlowObjective
 from helios_train.stages.stage import Stage
@@ -27,8 +28,17 @@ class HeldOut(L.Callback):
     Noise depends on (seed, clip, sigma) alone: every validation of a run, and of its resumed self, sees the same.
     """
 
-    def __init__(self, objective: FlowObjective, sigmas: Sequence[float], clips: int, every: int, seed: int, ema: Ema | None):
-        self.objective, self.sigmas, self.clips = objective, tuple(sigmas), clips
+    def __init__(
+        self,
+        objective: FlowObjective,
+        sigmas: Sequence[float],
+        quantiles: int,
+        clips: int,
+        every: int,
+        seed: int,
+        ema: Ema | None,
+    ):
+        self.objective, self.sigmas, self.quantiles, self.clips = objective, tuple(sigmas), quantiles, clips
         self.every, self.seed, self.ema = every, seed, ema
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -55,7 +65,11 @@ class HeldOut(L.Callback):
 
     @torch.no_grad()
     def measure(self, stage: Stage, windows: list[Window]) -> dict[str, float]:
-        """`held_out/<case>/sigma_<s>` and `held_out/<case>`, the mean over the levels, for full, dropped and wrong_caption."""
+        """`held_out/<case>/sigma_<s>` and `held_out/<case>`, the mean over the levels, for full, dropped and wrong_caption.
+
+        And `held_out/full/quantile_<i>`, i from 1 (little noise) to Q: at the (i - 1/2) / Q quantile of the levels the run
+        trains on, after the shift for the clip's tokens. Their mean estimates the unweighted training loss.
+        """
         sums: dict[str, list[float]] = {}
         for window in (window.to(stage.device) for window in windows):
             cases = {
@@ -68,6 +82,11 @@ class HeldOut(L.Callback):
                 for case, (text, history) in cases.items():
                     errors = self.objective.errors(stage.transformer.velocity, window.target, text, history, draw)
                     sums.setdefault(f"held_out/{case}/sigma_{sigma:g}", []).extend(errors.tolist())
+            levels = self.objective.levels.quantiles(self.quantiles, token_count(*window.target.shape[2:]))
+            for number, sigma in enumerate(levels.tolist(), start=1):
+                draw = self._draw(window, sigma)
+                errors = self.objective.errors(stage.transformer.velocity, window.target, *cases["full"], draw)
+                sums.setdefault(f"held_out/full/quantile_{number}", []).extend(errors.tolist())
         metrics = {name: float(np.mean(values)) for name, values in sums.items()}
         for case in ("full", "dropped", "wrong_caption"):
             metrics[f"held_out/{case}"] = float(np.mean([metrics[f"held_out/{case}/sigma_{sigma:g}"] for sigma in self.sigmas]))

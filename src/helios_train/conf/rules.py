@@ -60,12 +60,14 @@ def _prepare(prepare: Prepare, config: Config) -> Iterator[str]:
 def _sample(sample: Sample) -> Iterator[str]:
     if sample.image is not None and sample.video is not None:
         yield "sample.image and sample.video: a video begins from one of them; give one"
+    if sample.prompt == ():
+        yield "sample.prompt=[]: name at least one caption, or null"
     if sample.script is None:
         return
     if sample.prompt is not None:
         yield "sample.prompt and sample.script: one video has one of them; give one"
     sections = [section for section, _ in sample.script]
-    if not sections or sections[0] != 0 or any(a >= b for a, b in zip(sections, sections[1:])):
+    if not sections or sections[0] != 0 or any(a >= b for a, b in zip(sections, sections[1:], strict=False)):
         yield f"sample.script: sections must rise from 0, got {sections}; the first caption stands at section 0"
     elif sections[-1] >= sample.sections:
         yield f"sample.script: section {sections[-1]} lies past the end; sample.sections={sample.sections}"

@@ -65,6 +65,7 @@ class Sample:
     crossfade: Count
     image: str | None
     video: str | None
+    size: tuple[Pixels, Pixels] | None
     count: Positive
     sections: Positive
     steps: Positive

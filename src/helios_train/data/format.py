@@ -2,19 +2,23 @@
 
     root/dataset.json                              the manifest, written last
     root/lat/b00132x64x128/000000.tar              KEY.json  KEY.latents.safetensors  KEY.text.safetensors
+    root/raw/b00132x64x128/000000.tar              KEY.mp4  KEY.json  KEY.txt: the same clips in the same order, as they came
     root/index/lat/b00132x64x128/000000.idx        a safetensors file: where each member lies, and its checksums
+    root/skipped.json                              what was left out and why, where something was
+    root/prepare/                                  the plan and the receipts of task=prepare; nothing else reads them
 
 Shards are plain tars that the webdataset library reads; the index lets `ClipStore` read any section of any clip by itself.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +26,18 @@ from typing import Any, BinaryIO
 
 from helios_train.errors import InputError
 
+try:
+    from isal.isal_zlib import crc32  # the same sums at five times the speed: half of the time a window takes to read
+except ImportError:  # no wheel for this platform
+    from zlib import crc32
+
 SCHEMA = 1
 MANIFEST = "dataset.json"
 SECTION_FRAMES, SECTION_LATENTS, CHANNELS, STRIDE = 33, 9, 16, 8  # a section's pixel and latent frames; pixels a latent side
 LATENTS, TEXT, META = "latents.safetensors", "text.safetensors", "json"  # the suffixes of a sample's three members
 MEMBERS = (LATENTS, TEXT, META)
+CAPTION = "txt"  # in raw shards, beside META and the video
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a disk, not of what is being written
 KEY = re.compile(r"[a-z0-9_-]{1,75}")  # no dots: webdataset cuts names at the first; short enough for USTAR's 100 characters
 
 
@@ -74,11 +85,24 @@ class ShardInfo:
 
 
 @dataclass(frozen=True)
+class RawInfo:
+    """One tar of videos: its path relative to the root, samples, bytes, sha256, the bucket's name."""
+
+    url: str
+    nsamples: int
+    nbytes: int
+    sha256: str
+    bucket: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What `dataset.json` says. Sample ids number the samples of `shards` in their order here.
 
     `codec`: name, fingerprint, latents_mean, latents_std. `text`: name, fingerprint, rows, dim. `source_sha256`: what the
-    dataset was made from and how. `columns`: the members of a sample, by folder.
+    dataset was made from and how. `columns`: the members of a sample, by folder. `raw`: the shards of videos, none where they
+    were not kept. `health`: clips by what is amiss with them (short_history: under 4 sections, so that none shows a full
+    history; caption_missing; caption_empty), and `skipped`, what was left out, counted by kind.
     """
 
     buckets: tuple[Bucket, ...]
@@ -87,6 +111,8 @@ class Manifest:
     text: dict[str, Any]
     source_sha256: str
     columns: dict[str, list[str]] = field(default_factory=lambda: {"lat": list(MEMBERS)})
+    raw: tuple[RawInfo, ...] = ()
+    health: dict[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @cached_property
@@ -108,8 +134,10 @@ class Manifest:
             "text": self.text,
             "source_sha256": self.source_sha256,
             "total": self.total,
+            "health": self.health,
             "buckets": [dict(vars(bucket)) for bucket in self.buckets],
             "shards": [dict(vars(shard)) for shard in self.shards],
+            "raw": [dict(vars(shard)) for shard in self.raw],
         }
 
 
@@ -140,7 +168,8 @@ def read_manifest(root: Path) -> Manifest:
         manifest = Manifest(
             buckets=tuple(Bucket(**bucket) for bucket in raw["buckets"]),
             shards=tuple(ShardInfo(**shard) for shard in raw["shards"]),
-            **{name: raw[name] for name in ("codec", "text", "source_sha256", "columns", "schema")},
+            raw=tuple(RawInfo(**shard) for shard in raw["raw"]),
+            **{name: raw[name] for name in ("codec", "text", "source_sha256", "columns", "health", "schema")},
         )
         if manifest.manifest_sha != raw["manifest_sha"] or manifest.total != raw["total"]:
             raise InputError(f"{path}: its content does not match its manifest_sha; restore it, or run task=prepare again")
@@ -153,10 +182,11 @@ def read_manifest(root: Path) -> Manifest:
 def _check_shards(path: Path, manifest: Manifest) -> None:
     """Paths stay inside the root, shards name known buckets, and the counts add up."""
     counts = {bucket.name: 0 for bucket in manifest.buckets}
+    urls = [url for shard in manifest.shards for url in (shard.url, shard.index)] + [shard.url for shard in manifest.raw]
+    for url in urls:
+        if url.startswith("/") or ".." in url.split("/"):
+            raise InputError(f"{path}: {url} leads out of the dataset; shards lie inside its folder")
     for shard in manifest.shards:
-        for url in (shard.url, shard.index):
-            if url.startswith("/") or ".." in url.split("/"):
-                raise InputError(f"{path}: {url} leads out of the dataset; shards lie inside its folder")
         if shard.bucket not in counts:
             raise InputError(f"{path}: {shard.url} is of bucket {shard.bucket}, which the manifest does not list")
         counts[shard.bucket] += shard.nsamples
@@ -167,22 +197,43 @@ def _check_shards(path: Path, manifest: Manifest) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for writing so that it appears only when whole: a `.tmp` beside it, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Open `path` for writing so that it appears only when whole: a `.tmp` beside it, fsync, rename, fsync of the folder.
+
+    InputError, and nothing left behind, when the disk is full, read-only or refuses.
+    """
     part = path.with_name(path.name + ".tmp")
     try:
-        with open(part, "wb+") as file:
+        with writable(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(part, "wb+")
+        with writable(path, NO_ROOM), file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        with writable(path):
+            os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextmanager
+def writable(path: Path, errors: tuple[int, ...] | None = None) -> Iterator[None]:
+    """Context of writing `path`: an OSError of it (one of `errors` where given) becomes an InputError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if errors is not None and error.errno not in errors:
+            raise
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free or choose another place, then give the same command again: "
+            "what is finished stays"
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,18 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from helios_train.data.format import LATENTS, MANIFEST, MEMBERS, META, TEXT, Bucket, ShardInfo, read_manifest, sha256_of
+from helios_train.data.format import (
+    LATENTS,
+    MANIFEST,
+    MEMBERS,
+    META,
+    TEXT,
+    Bucket,
+    ShardInfo,
+    crc32,
+    read_manifest,
+    sha256_of,
+)
 from helios_train.errors import InputError
 
 OPEN_FILES = 128  # shards kept open at once in a process
@@ -84,30 +95,36 @@ class ClipStore:
         start = int(index["offset"][row, column] + index["payload"][row]) + first * step
         data = self._read(number, row, start, (last - first) * step)
         for section in range(first, last):
-            piece = memoryview(data)[(section - first) * step : (section - first + 1) * step]
+            piece = data[(section - first) * step : (section - first + 1) * step]
             self._check(number, row, f"section {section}", piece, int(index["section_crc32"][row, section]))
-        return torch.frombuffer(data, dtype=torch.bfloat16).view(last - first, *bucket.section_shape)
+        return torch.from_numpy(data).view(torch.bfloat16).view(last - first, *bucket.section_shape)
 
     def text(self, sample: int) -> torch.Tensor:
         """The caption's rows as bf16 [L, dim], unpadded; L is 0 for an empty caption."""
-        return safetensors.torch.load(bytes(self._member(sample, TEXT)))["prompt_embed"]
+        return safetensors.torch.load(self._member(sample, TEXT).tobytes())["prompt_embed"]
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The clip's record: caption (a list), source, truth where it is known, and how the latents were made."""
-        return json.loads(self._member(sample, META))
+        return json.loads(self._member(sample, META).tobytes())
 
     def key(self, sample: int) -> str:
         """The clip's key, the same in every dataset made from the same videos."""
         number, row = self._locate(sample)
         return bytes(self._index(number)["keys"][row]).rstrip(b"\0").decode()
 
+    def keys(self) -> Iterator[bytes]:
+        """The keys of all clips in order. Every index is read, for a moment: a million clips take about a second."""
+        for number, shard in enumerate(self.manifest.shards):
+            keys = (self._indices.get(number) or self._load_index(shard))["keys"]
+            yield from keys.view(f"S{keys.shape[1]}").ravel().tolist()
+
     def verify(self) -> None:
-        """Read every shard and index and compare their sha256 with the manifest's; InputError at the first that differs."""
-        for shard in self.manifest.shards:
-            for url, wanted in ((shard.url, shard.sha256), (shard.index, shard.index_sha256)):
-                path = self.root / url
-                if not path.is_file() or sha256_of(path) != wanted:
-                    raise InputError(f"{path}: missing or not the file {MANIFEST} lists; {REMEDY}")
+        """Read every file of shards and compare its sha256 with the manifest's; InputError at the first that differs."""
+        lat = [pair for shard in self.manifest.shards for pair in ((shard.url, shard.sha256), (shard.index, shard.index_sha256))]
+        for url, wanted in [*lat, *((shard.url, shard.sha256) for shard in self.manifest.raw)]:
+            path = self.root / url
+            if not path.is_file() or sha256_of(path) != wanted:
+                raise InputError(f"{path}: missing or not the file {MANIFEST} lists; {REMEDY}")
 
     def _locate(self, sample: int) -> tuple[int, int]:
         """Shard number and row in it."""
@@ -126,20 +143,20 @@ class ClipStore:
         key = bytes(self._index(number)["keys"][row]).rstrip(b"\0").decode()
         return f"{self.root / self._shard(number).url}, clip {key}"
 
-    def _member(self, sample: int, suffix: str) -> bytearray:
+    def _member(self, sample: int, suffix: str) -> NDArray[np.uint8]:
         number, row = self._locate(sample)
         index, column = self._index(number), MEMBERS.index(suffix)
         data = self._read(number, row, int(index["offset"][row, column]), int(index["size"][row, column]))
         self._check(number, row, suffix, data, int(index["crc32"][row, column]))
         return data
 
-    def _check(self, number: int, row: int, what: str, data: bytearray | memoryview, crc: int) -> None:
-        if zlib.crc32(data) != crc:
+    def _check(self, number: int, row: int, what: str, data: NDArray[np.uint8], crc: int) -> None:
+        if crc32(data) != crc:
             raise InputError(f"{self._name(number, row)}: {what} is damaged (crc32 differs from the index); {REMEDY}")
 
-    def _read(self, number: int, row: int, start: int, size: int) -> bytearray:
+    def _read(self, number: int, row: int, start: int, size: int) -> NDArray[np.uint8]:
         """`size` bytes of a shard from `start`, in a buffer that torch may own."""
-        data = bytearray(size)
+        data = np.empty(size, dtype=np.uint8)
         got = os.preadv(self._file(number), [data], start)
         if got != size:
             raise InputError(f"{self._name(number, row)}: the shard ends early, {got} of {size} bytes; {REMEDY}")
@@ -170,19 +187,20 @@ class ClipStore:
     def _index(self, number: int) -> dict[str, NDArray[Any]]:
         """The shard's index, read and verified at first use; about 70 bytes a clip and 4 a section are kept."""
         if number not in self._indices:
-            shard = self._shard(number)
-            path = self.root / shard.index
-            try:
-                content = path.read_bytes()
-                if hashlib.sha256(content).hexdigest() != shard.index_sha256:
-                    raise InputError(f"{path}: its sha256 is not the one {MANIFEST} lists; {REMEDY}")
-                index = safetensors.numpy.load(content)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
-            except SafetensorError as error:
-                raise InputError(f"{path}: not an index ({error}); {REMEDY}") from error
-            self._indices[number] = index
+            self._indices[number] = self._load_index(self._shard(number))
         return self._indices[number]
+
+    def _load_index(self, shard: ShardInfo) -> dict[str, NDArray[Any]]:
+        path = self.root / shard.index
+        try:
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != shard.index_sha256:
+                raise InputError(f"{path}: its sha256 is not the one {MANIFEST} lists; {REMEDY}")
+            return safetensors.numpy.load(content)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from error
+        except SafetensorError as error:
+            raise InputError(f"{path}: not an index ({error}); {REMEDY}") from error
 
     def _forget(self) -> None:
         """Start with nothing open. A forked child leaves its parent's descriptors alone and opens its own."""

@@ -45,9 +45,10 @@ class WindowModule(L.LightningDataModule):
         self.start = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, and what it depends on."""
+        """The cursor, what it depends on, and for whoever follows the run how its data were encoded."""
         iteration = self.trainer.global_step if self.trainer else self.start
-        return {"iteration": iteration, **self._identity()}
+        encoders = {"codec": self.store.manifest.codec, "text": self.store.manifest.text}
+        return {"iteration": iteration, **self._identity(), "encoders": encoders}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on at the saved iteration; InputError where order or dataset is not the one of the checkpoint."""
@@ -100,20 +101,22 @@ class WindowModule(L.LightningDataModule):
 
 def _held_out(store: ClipStore, count: int) -> list[int]:
     """The clips whose key hashes lowest: the choice depends on the clips alone, not on their order or number."""
+    if count < 0:
+        raise InputError(f"data.held_out={count}: 0 or more clips can be held out")
     if count >= len(store):
         raise InputError(f"data.held_out={count} leaves nothing to train on: the dataset has {len(store)} clips")
     if count == 0:
         return []
-    ranked = sorted(range(len(store)), key=lambda i: hashlib.blake2b(store.key(i).encode(), digest_size=8).digest())
-    return ranked[:count]
+    digests = np.frombuffer(b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in store.keys()), dtype=">u8")
+    return np.argsort(digests, kind="stable")[:count].tolist()
 
 
 def _shapes(store: ClipStore, without: set[int]) -> list[list[np.ndarray]]:
     """For each (height, width): the sample ids to train on, shard by shard."""
     shapes: dict[tuple[int, int], list[np.ndarray]] = {}
-    excluded = np.array(sorted(without), dtype=np.int64)
+    wanted = np.ones(len(store), dtype=bool)
+    wanted[list(without)] = False
     for bucket in store.buckets:
         for first, size in zip(bucket.first_ids, bucket.shard_sizes, strict=True):
-            ids = np.arange(first, first + size)
-            shapes.setdefault((bucket.height, bucket.width), []).append(ids[~np.isin(ids, excluded)])
+            shapes.setdefault((bucket.height, bucket.width), []).append(first + np.flatnonzero(wanted[first : first + size]))
     return [shapes[key] for key in sorted(shapes)]

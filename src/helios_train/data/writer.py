@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import re
 import tarfile
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +19,25 @@ import safetensors.torch
 import torch
 import webdataset
 
-from helios_train.data.format import KEY, LATENTS, MEMBERS, META, SCHEMA, TEXT, Bucket, ShardInfo, atomic, sha256_of
+from helios_train.data.format import (
+    CAPTION,
+    KEY,
+    LATENTS,
+    MEMBERS,
+    META,
+    SCHEMA,
+    TEXT,
+    Bucket,
+    RawInfo,
+    ShardInfo,
+    atomic,
+    crc32,
+    sha256_of,
+)
 from helios_train.errors import InputError
+
+COLUMNS = (("lat", "tar"), ("index/lat", "idx"), ("raw", "tar"))
+NO_SUFFIX = "video"  # of a video whose name has none that a tar member may have
 
 
 @dataclass(frozen=True)
@@ -42,13 +61,18 @@ class _Row:
     section_crcs: list[int]
 
 
+def shard_paths(bucket: str, number: int) -> tuple[str, str, str]:
+    """Where a shard's latents, their index and its videos lie under the root."""
+    return tuple(f"{column}/{bucket}/{number:06d}.{ending}" for column, ending in COLUMNS)  # type: ignore[return-value]
+
+
 def write_shard(root: Path, bucket: Bucket, number: int, samples: Iterable[Sample]) -> ShardInfo:
     """Write shard `number` of a bucket and its index under `root`, streaming the samples; any earlier one is replaced.
 
     Latents and text are stored as bf16, nothing is pickled. InputError, and no file, when a sample does not fit the bucket, is
     not finite, or its key is no plain name or comes twice.
     """
-    url, index = f"lat/{bucket.name}/{number:06d}.tar", f"index/lat/{bucket.name}/{number:06d}.idx"
+    url, index, _ = shard_paths(bucket.name, number)
     rows: list[_Row] = []
     with atomic(root / url) as file:
         # The default of the library adds the clock; mtime=0 makes the bytes a function of the samples.
@@ -78,25 +102,37 @@ def _pack(sample: Sample, bucket: Bucket) -> tuple[dict[str, bytes], _Row]:
     """The three members of a sample as bytes, and its index row; InputError when it does not fit the bucket."""
     if not KEY.fullmatch(sample.key):
         raise InputError(f"key {sample.key!r}: only a-z, 0-9, _ and - are allowed, 75 at most (webdataset cuts names at a dot)")
-    if sample.latents.shape != (bucket.sections, *bucket.section_shape):
-        raise InputError(f"{sample.key}: latents {list(sample.latents.shape)} do not fit bucket {bucket.name}")
+    name = f"{sample.key} ({sample.meta['source']['file']})" if "source" in sample.meta else sample.key
+    wanted = [bucket.sections, *bucket.section_shape]
+    if list(sample.latents.shape) != wanted:
+        raise InputError(
+            f"{name}: latents {list(sample.latents.shape)} do not fit bucket {bucket.name}, which takes {wanted}, "
+            f"an eighth of its {bucket.height}x{bucket.width} pixels; choose a codec of that geometry"
+        )
     latents, text = sample.latents.to(torch.bfloat16).contiguous(), sample.text.to(torch.bfloat16).contiguous()
-    if text.dim() != 2 or not (latents.isfinite().all() and text.isfinite().all()):
-        raise InputError(f"{sample.key}: latents and text must be finite, text [L, dim]; look at this clip's video and caption")
+    if text.dim() != 2:
+        raise InputError(f"{name}: text {list(text.shape)} must be [L, dim]; choose another text encoder")
+    for what, values in (("latents", latents), ("text", text)):
+        if not values.isfinite().all():
+            bad = int((~values.isfinite()).sum())
+            raise InputError(
+                f"{name}: {bad} of {values.numel()} numbers of its {what} are not finite; "
+                "look at the weights of the encoder (a half-precision one overflows), then at this video and its caption"
+            )
     packed = safetensors.torch.save({"vae_latent": latents})
     payload = len(packed) - bucket.sections * bucket.section_bytes
     members = {
         LATENTS: packed,
         TEXT: safetensors.torch.save({"prompt_embed": text}),
-        META: json.dumps(sample.meta, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode(),
+        META: to_json(sample.meta),
     }
     cuts = range(payload, len(packed), bucket.section_bytes)
     row = _Row(
         key=sample.key.encode(),
         sizes=[len(members[name]) for name in MEMBERS],
-        crcs=[zlib.crc32(members[name]) for name in MEMBERS],
+        crcs=[crc32(members[name]) for name in MEMBERS],
         payload=payload,
-        section_crcs=[zlib.crc32(memoryview(packed)[cut : cut + bucket.section_bytes]) for cut in cuts],
+        section_crcs=[crc32(memoryview(packed)[cut : cut + bucket.section_bytes]) for cut in cuts],
     )
     return members, row
 
@@ -123,3 +159,50 @@ def _index(rows: list[_Row], offsets: dict[str, int], bucket: Bucket) -> bytes:
     # One entry: the library writes several in no fixed order, and the bytes would differ from run to run.
     about = {"helios_train": json.dumps({"schema": SCHEMA, "bucket": bucket.name, "members": MEMBERS})}
     return safetensors.numpy.save(tensors, metadata=about)
+
+
+class RawShard:
+    """A tar of videos being written, members KEY.mp4 (or as the file is called), KEY.json, KEY.txt, nothing of the clock."""
+
+    def __init__(self, tar: tarfile.TarFile):
+        self._tar = tar
+        self.samples = 0
+        self.suffixes: set[str] = set()
+
+    def add(self, key: str, video: Path, suffix: str, record: dict[str, Any], caption: str) -> None:
+        """Copy a video's bytes, its record and its caption into the tar. OSError when the file cannot be read."""
+        with open(video, "rb") as file:
+            self._member(f"{key}.{suffix}", file, video.stat().st_size)
+        for name, text in ((META, to_json(record)), (CAPTION, caption.encode())):
+            self._member(f"{key}.{name}", io.BytesIO(text), len(text))
+        self.samples += 1
+        self.suffixes.add(suffix)
+
+    def _member(self, name: str, content: BinaryIO, size: int) -> None:
+        about = tarfile.TarInfo(name)
+        about.size, about.mode = size, 0o444
+        self._tar.addfile(about, content)
+
+
+@contextmanager
+def raw_shard(root: Path, url: str) -> Iterator[RawShard]:
+    """Context of writing the videos of a shard to `root/url`, which appears when the context is left without an error."""
+    # GNU, for a video of 8 GiB or more fits no USTAR header; all others are written the same.
+    with atomic(root / url) as file, tarfile.open(fileobj=file, mode="w|", format=tarfile.GNU_FORMAT) as tar:
+        yield RawShard(tar)
+
+
+def raw_info(root: Path, url: str, bucket: str, samples: int) -> RawInfo:
+    """What the manifest says of a tar of videos."""
+    return RawInfo(url, samples, (root / url).stat().st_size, sha256_of(root / url), bucket)
+
+
+def suffix_of(name: str) -> str:
+    """The suffix a video's member has in a tar: that of its file, without the dot."""
+    suffix = Path(name).suffix.lower().removeprefix(".")
+    return suffix if re.fullmatch(r"[a-z0-9]{1,8}", suffix) and suffix not in (META, CAPTION) else NO_SUFFIX
+
+
+def to_json(record: dict[str, Any]) -> bytes:
+    """A record as JSON in one way only."""
+    return json.dumps(record, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()

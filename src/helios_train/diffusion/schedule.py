@@ -72,7 +72,14 @@ class NoiseLevels:
         if self.stratified:
             strata = rng.generator(seed, "sigma strata", iteration).permutation(global_batch)[positions]
             own = (strata + own) / global_batch
-        index = np.minimum(np.floor(self._u(own) * STEPS), STEPS - 1)
+        return self._sigma(own, tokens)
+
+    def quantiles(self, count: int, tokens: int) -> np.ndarray:
+        """Levels that share the draws equally: the (i + 1/2) / count quantiles of sigma, rising. fp32 `[count]`"""
+        return np.sort(self._sigma((np.arange(count) + 0.5) / count, tokens))
+
+    def _sigma(self, quantile: np.ndarray, tokens: int) -> np.ndarray:
+        index = np.minimum(np.floor(self._u(quantile) * STEPS), STEPS - 1)
         sigma = shift(1 - index / STEPS, self.fixed)
         return shift(sigma, dynamic_factor(self.dynamic, tokens, self.cap)).astype(np.float32)
 

@@ -38,13 +38,14 @@ def span(section: int, sections: int) -> Span:
 def cut(latents_SCTHW: Tensor, anchor_CHW: Tensor, where: Span) -> tuple[Tensor, Tensor, Tensor]:
     """Cuts (target [C, 9, H, W], frames [C, 19, H, W], anchor [C, 1, H, W]) out of sections `where.first` to `where.section`.
 
-    `anchor_CHW` is the clip's first latent frame. Frames before the clip are zero, and so is the anchor of section 0.
+    `anchor_CHW` is the clip's first latent frame. Frames before the clip are zero, and so is the anchor of section 0. Target and
+    anchor share memory with what they are cut from.
     """
-    _, channels, _, rows, columns = latents_SCTHW.shape
-    run = latents_SCTHW.transpose(0, 1).reshape(channels, -1, rows, columns)
-    target, past = run[:, -SECTION:], run[:, :-SECTION]
-    frames = run.new_zeros(channels, FRAMES, rows, columns)
-    if where.count:
-        frames[:, FRAMES - where.count :] = past[:, past.shape[1] - where.count :]
+    frames = latents_SCTHW.new_zeros(latents_SCTHW.shape[1], FRAMES, *latents_SCTHW.shape[3:])
+    end = FRAMES
+    for section in range(len(latents_SCTHW) - 2, -1, -1):  # backwards from the target, as many frames as there is room for
+        taken = min(end, SECTION)
+        frames[:, end - taken : end] = latents_SCTHW[section, :, SECTION - taken :]
+        end -= taken
     anchor = anchor_CHW[:, None] if where.anchored else torch.zeros_like(anchor_CHW)[:, None]
-    return target.contiguous(), frames, anchor.contiguous()
+    return latents_SCTHW[-1], frames, anchor

@@ -64,8 +64,12 @@ def apply_rope(x_BLNK: Tensor, table: Tensor) -> Tensor:
 
     `table` is [L, 2K] (or [B, L, 2K]) of `rope_table`. Differentiable any number of times; strides of `x_BLNK` are free.
     """
-    cosine, sine = table.unsqueeze(-2).unflatten(-1, (2, -1, 2))[..., 0].unbind(-2)
     # One complex product: 4 to 5 times the speed of writing even and odd channels apart (fp32, one thread).
     planes = x_BLNK.to(torch.promote_types(x_BLNK.dtype, torch.float32)).contiguous().unflatten(-1, (-1, 2))
-    turned = torch.view_as_complex(planes) * torch.complex(cosine, sine)
+    turned = torch.view_as_complex(planes) * rope_planes(table).unsqueeze(-2)
     return torch.view_as_real(turned).flatten(-2).type_as(x_BLNK)
+
+
+def rope_planes(table: Tensor) -> Tensor:
+    """cosine + i sine of every plane, complex [..., K / 2], of a table [..., 2K] that holds each pair twice."""
+    return torch.complex(*table.unflatten(-1, (2, -1, 2))[..., 0].unbind(-2))

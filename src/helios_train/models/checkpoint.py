@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            unfinished.unlink(missing_ok=True)
-            raise InputError(f"{final}: the checkpoint could not be written ({error}); earlier ones are kept") from error
+        except (OSError, RuntimeError) as error:
+            _remove(unfinished)
+            raise InputError(
+                f"{final}: the checkpoint could not be written ({_reason(error)}); earlier ones are kept: make room or make the "
+                f"folder writable, then go on with resume={final.parent.parent}"
+            ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads a checkpoint to the host."""
@@ -52,10 +56,28 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch.load raises what its unpickler raises
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{path}: is not a checkpoint of helios_train or is damaged ({reason}); take an earlier one") from error
+        raise InputError(
+            f"{path}: is not a checkpoint of helios_train or is damaged ({reason}); take an earlier one: to resume from the one "
+            "before, remove this file"
+        ) from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise InputError(f"{path}: is not a checkpoint of helios_train; give checkpoints/<iteration>.ckpt of a run")
     return content
+
+
+def _reason(error: BaseException) -> str:
+    """The disk's own words: torch.save turns a full disk into a RuntimeError, raised while the OSError is handled."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__context__
+    return str(error).partition("\n")[0]
+
+
+def _remove(unfinished: Path) -> None:
+    with suppress(OSError):  # of a read-only folder: the first error says more
+        unfinished.unlink(missing_ok=True)
 
 
 def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str) -> None:

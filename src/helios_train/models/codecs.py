@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import ModelMixin
+from diffusers import AutoencoderKLWan, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, IdentityDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 from helios_train.errors import InputError
+from helios_train.models import pretrained
 
 SECTION_FRAMES = 33
 TIME, SIDE = 4, 8  # pixel frames, rows and columns to one latent position
@@ -136,7 +139,8 @@ class DctVae(ModelMixin, ConfigMixin):
 class Codec:
     """A vae-like (`encode(x).latent_dist`, `decode(z)`, `config.latents_mean` and `latents_std`) behind normalised latents.
 
-    `name` is what configs call it; `vae` is what diffusers' pipelines take.
+    `name` is what configs call it; `vae` is what diffusers' pipelines take. What is given may lie on any device: the work is
+    done where the vae is, and the result comes back to where the input was.
     """
 
     def __init__(self, name: str, vae: Any):
@@ -149,21 +153,23 @@ class Codec:
     def encode(self, video: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
         """Sections [B, 3, 33, H, W] in [-1, 1] to normalised fp32 latents [B, 16, 9, H/8, W/8], each on its own.
 
-        With a generator (or one a section) the posterior is sampled, without one its mode is taken. InputError when a section
+        With a generator (or one a section, whose latents then depend on nothing else in the batch) the posterior is sampled,
+        without one its mode is taken. Generators on the CPU draw the same for a vae on any device. InputError when a section
         has not 33 frames.
         """
         if video.dim() != 5 or video.shape[2] != SECTION_FRAMES:
             raise InputError(f"video {list(video.shape)}: a codec encodes sections [B, 3, {SECTION_FRAMES}, H, W]")
-        posterior = self.vae.encode(video.to(self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(video.to(self.vae.device, self.vae.dtype)).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator=generator)
         mean, std = self._constants(latents)
-        return (latents.float() - mean) / std
+        return ((latents.float() - mean) / std).to(video.device)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents [B, 16, 9, h, w] of sections to fp32 video [B, 3, 33, 8h, 8w] around [-1, 1], not clamped here."""
         mean, std = self._constants(latents)
-        return self.vae.decode((latents.float() * std + mean).to(self.vae.dtype), return_dict=False)[0].float()
+        raw = (latents.float() * std + mean).to(self.vae.device, self.vae.dtype)
+        return self.vae.decode(raw, return_dict=False)[0].float().to(latents.device)
 
     def _constants(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = (torch.tensor(values, device=like.device) for values in (self.latents_mean, self.latents_std))
@@ -175,10 +181,47 @@ class Codec:
         digest = hashlib.sha256(json.dumps([self.name, config], sort_keys=True, default=list).encode())
         for name, weight in sorted(self.vae.state_dict().items()):
             digest.update(f"{name}:{weight.dtype}:{list(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
 def dct_codec() -> Codec:
-    """The codec of the embedded default: no weights, exact, the Wan VAE's geometry."""
+    """The codec of the embedded default: no weights, exact, the Wan VAE's geometry; on the CPU, so that the same videos give
+    the same shards on every machine."""
     return Codec("dct", DctVae())
+
+
+def wan_codec(weights: str, device: torch.device | str = "cpu") -> Codec:
+    """The Wan 2.1 VAE of diffusers in fp32 on `device`.
+
+    `weights`: a folder (the vae/ folder itself, or one that holds it) or a model on the hub, of which vae/ is taken. Latents are
+    normalised with the constants of its config.json. InputError for a folder that is missing, damaged, or another model's.
+    """
+    key = "codec.weights"
+    root = pretrained.root_of(weights, ("vae",), key)
+    folder = root / "vae" if (root / "vae").is_dir() else root
+    _check_wan(folder, pretrained.read_config(folder, key))
+    return Codec("wan", pretrained.load(AutoencoderKLWan, folder, torch_dtype=torch.float32).to(device))
+
+
+def _check_wan(folder: Path, config: Mapping[str, Any]) -> None:
+    """InputError unless config.json is of a VAE with the geometry of Wan 2.1, and says how its latents are normalised."""
+    kind = config.get("_class_name")
+    if kind != "AutoencoderKLWan":
+        raise InputError(
+            f"{folder / 'config.json'}: holds a {kind}; codec.weights names the vae/ folder of a Wan or Helios model"
+        )
+    sides = config.get("z_dim", 16), config.get("scale_factor_temporal", TIME), config.get("scale_factor_spatial", SIDE)
+    if sides != (16, TIME, SIDE) or config.get("patch_size"):
+        raise InputError(
+            f"{folder / 'config.json'}: {sides[0]} channels of {sides[1]} frames x {sides[2]} pixels a side; Helios models take "
+            f"the VAE of Wan 2.1, 16 channels of {TIME} x {SIDE}"
+        )
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+        values = config.get(name)
+        plain = isinstance(values, list) and len(values) == 16 and all(type(value) in (int, float) for value in values)
+        if not plain or not all(math.isfinite(value) and value > least for value in values):  # type: ignore[union-attr]
+            raise InputError(
+                f"{folder / 'config.json'}: {name} is not a list of 16 numbers, so nobody can say how its latents are "
+                "normalised; take the config.json that came with the weights"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ SCHEMA = 1
 NAME = "helios_train.json"
 BASE_CLASS = "HeliosTransformer3DModel"
 SHARD_BYTES = 5 * 10**9
+SHORT = 12  # letters of a fingerprint that people are shown
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Link:
 class ModelManifest:
     """What a next stage, or a sampler, must know of a folder of weights.
 
-    `sampler`: keys of sampling.SamplerSettings. `codec`, `text`: name and fingerprint of what the latents and texts came from.
-    `size`: (H, W) in pixels of the training videos. `base`: fingerprint of the weights the first link started from, null for
-    random ones.
+    `sampler`: keys of sampling.SamplerSettings. `codec`, `text`: name and fingerprint of what the latents and texts came from,
+    `text` with its rows and width. `size`: (H, W) in pixels of the training videos. `base`: fingerprint of the weights the first
+    link started from, null for random ones. `adapters`: the files of each link that has any, relative to the folder.
     """
 
     lineage: tuple[Link, ...]
@@ -50,6 +52,7 @@ class ModelManifest:
     text: dict[str, Any]
     size: tuple[int, int]
     base: str | None = None
+    adapters: dict[str, list[str]] = field(default_factory=dict)
     schema: int = field(default=SCHEMA)
 
 
@@ -65,11 +68,34 @@ def read_manifest(folder: Path) -> ModelManifest | None:
             raise InputError(
                 f"{path}: schema {schema} is newer than {SCHEMA}, the newest this version reads; update helios_train"
             )
+        for name in ("codec", "text"):
+            if not all(isinstance(content[name][part], str) for part in ("name", "fingerprint")):
+                raise ValueError(f"{name} has no name and fingerprint")
+        files = [file for files in content["adapters"].values() for file in files]
+        if not all(re.fullmatch(r"adapters/\w[\w.-]*", file) for file in files):
+            raise ValueError(f"adapters {files} lie elsewhere")
         return ModelManifest(
             **{**content, "lineage": tuple(Link(**link) for link in content["lineage"]), "size": tuple(content["size"])}
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: is no manifest of helios_train ({error}); merge the run again") from error
+
+
+def same_encoder(what: str, one: Mapping[str, Any], place: str, other: Mapping[str, Any], other_place: str, remedy: str) -> None:
+    """InputError unless two records of a codec or text encoder agree in name, fingerprint, rows and dim, where both have them.
+
+    `what`: codec or text; `place` and `other_place`: whose the records are, for the message.
+    """
+    for key in ("name", "rows", "dim", "fingerprint"):
+        if key in one and key in other and one[key] != other[key]:
+            raise InputError(f"{what}: {place} has {shown_encoder(one)}, {other_place} has {shown_encoder(other)}; {remedy}")
+
+
+def shown_encoder(record: Mapping[str, Any]) -> str:
+    """A record of a codec or text encoder for people: name, short fingerprint, size."""
+    size = f" ({record['rows']} rows of {record['dim']})" if "rows" in record and "dim" in record else ""
+    known = str(record["fingerprint"])[:SHORT] if "fingerprint" in record else "weights unknown"
+    return f"{record['name']} {known}{size}"
 
 
 def fingerprint(folder: Path) -> str:
@@ -89,17 +115,13 @@ def write_folder(
     weights: Mapping[str, Tensor],
     scheduler: HeliosScheduler,
     manifest: ModelManifest,
-    adapters: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
-    """Writes a diffusers pipeline folder without vae and text encoder, `adapters/<link>.safetensors`, and the manifest last."""
+    """Writes a diffusers pipeline folder without vae and text encoder, the manifest last."""
     transformer = folder / "transformer"
-    (folder / "adapters").mkdir(parents=True, exist_ok=True)
-    transformer.mkdir(exist_ok=True)
+    transformer.mkdir(parents=True, exist_ok=True)
     _write_json(transformer / "config.json", {"_class_name": BASE_CLASS, **shape})
     _write_weights(transformer, weights)
     scheduler.save_pretrained(folder / "scheduler")
-    for link, tensors in adapters.items():
-        save_file(dict(tensors), folder / "adapters" / f"{link}.safetensors", metadata={"format": "pt"})
     parts = {
         "transformer": ["diffusers", BASE_CLASS],
         "scheduler": ["diffusers", "HeliosScheduler"],
@@ -108,7 +130,28 @@ def write_folder(
         "tokenizer": [None, None],
     }
     _write_json(folder / "model_index.json", {"_class_name": "HeliosPipeline", **parts})
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: ModelManifest) -> None:
+    """Writes helios_train.json."""
     _write_json(folder / NAME, asdict(manifest))
+
+
+def write_adapter(folder: Path, link: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Writes what one link trained (`adapters.link_state`) under `folder`; returns the files, relative to it.
+
+    adapters/<link>.safetensors is a LoRA as diffusers' pipelines load it, and they take nothing else in it: layers that trained
+    in full are adapters/<link>.trained_layers.safetensors, in the transformer's own names.
+    """
+    (folder / "adapters").mkdir(parents=True, exist_ok=True)
+    lora = {name: value for name, value in tensors.items() if ".lora_" in name}
+    layers = {name: value for name, value in tensors.items() if name not in lora}
+    files = {f"adapters/{link}.safetensors": lora, f"adapters/{link}.trained_layers.safetensors": layers}
+    for file, content in files.items():
+        if content:
+            save_file(content, folder / file, metadata={"format": "pt"})
+    return [file for file, content in files.items() if content]
 
 
 def shape_of(transformer: HeliosTransformer) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import HeliosTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from helios_train.history import ANCHOR_INDEX, LONG_INDICES, MID_INDICES, SHORT_
 from helios_train.kernels.rope import apply_rope
 from helios_train.models.checkpoint import audit
 from helios_train.models.precision import cast, dtype_of
+from helios_train.models.pretrained import mapped_weights
 
 WEIGHTS = "diffusion_pytorch_model"
 HISTORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}  # name -> how often it repeats the target's patch a side
@@ -137,9 +137,12 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> HeliosTransformer:
     """
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     shape = read_shape(folder)
-    with torch.device("meta"):
-        transformer = HeliosTransformer(**shape)
-    weights = {RENAMED.get(name, name): value for name, value in _read_weights(folder).items()}
+    try:
+        with torch.device("meta"):
+            transformer = HeliosTransformer(**shape)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:  # a number that is none, or fits no other
+        raise InputError(f"{folder / 'config.json'}: makes no model ({error}); copy or export the folder again") from error
+    weights = {RENAMED.get(name, name): value for name, value in mapped_weights(folder, WEIGHTS)}
     expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
     fresh = [name for name in HISTORY_PATCHES if f"{name}.weight" not in weights and f"{name}.bias" not in weights]
     if len(fresh) != len(HISTORY_PATCHES):  # all are there, or all are new: a folder with some is damaged
@@ -164,12 +167,16 @@ def read_shape(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a diffusers folder of a Helios or Wan transformer") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: is no JSON object; give a diffusers folder of a Helios or Wan transformer")
     known = ("HeliosTransformer3DModel", "HeliosTransformer", "WanTransformer3DModel")
     if config.get("_class_name") not in known:
         raise InputError(f"{path}: holds a {config.get('_class_name')}; give a folder of one of {', '.join(known)}")
     shape = {name: config[name] for name in sorted(CONFIG_KEYS & config.keys())} | {"has_multi_term_memory_patch": True}
     if config["_class_name"] == "WanTransformer3DModel":
-        width = config["attention_head_dim"]
+        width = config.get("attention_head_dim")
+        if not isinstance(width, int):
+            raise InputError(f"{path}: attention_head_dim is {width}, no whole number; copy or export the folder again")
         shape["rope_dim"] = [
             width - 4 * (width // 6),
             2 * (width // 6),
@@ -179,16 +186,3 @@ def read_shape(folder: Path) -> dict[str, Any]:
         if images or config.get("in_channels", 16) != config.get("out_channels", 16):  # 2.2 appends the image to the channels
             raise InputError(f"{path}: is an image-to-video Wan; Base starts from a text-to-video one")
     return shape
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    index, single = folder / f"{WEIGHTS}.safetensors.index.json", folder / f"{WEIGHTS}.safetensors"
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [single.name]
-        weights = {}
-        for file in files:
-            with safe_open(folder / file, framework="pt") as tensors:
-                weights.update({name: tensors.get_tensor(name) for name in tensors.keys()})
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}: the weights cannot be read ({error}); copy or export the folder again") from error
-    return weights

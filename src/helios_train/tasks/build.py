@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import resources
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from helios_train.conf.compose import typed
-from helios_train.conf.schema import Config, ToyData
+from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
 from helios_train.data.module import LoadSettings, WindowModule
 from helios_train.data.toy import ToySpec
 from helios_train.diffusion.schedule import NoiseLevels
@@ -23,10 +23,11 @@ from helios_train.errors import InputError
 from helios_train.history.corrupt import Corrupt
 from helios_train.history.mix import Mix
 from helios_train.models import adapters, checkpoint, manifest
-from helios_train.models.codecs import Codec, dct_codec
+from helios_train.models.codecs import Codec, dct_codec, wan_codec
 from helios_train.models.ema import Ema
 from helios_train.models.precision import DTYPES
-from helios_train.models.text import HashText
+from helios_train.models.text import HashText, TextEncoder
+from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer, load_transformer, random_transformer, read_shape
 from helios_train.objectives.flow import FlowObjective
 from helios_train.run import RunFolder, iteration_of
@@ -34,18 +35,56 @@ from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.base import BaseRecipe, BaseStage
 from helios_train.stages.stage import LearningRate, Stage
 
+Encoders = Mapping[str, Mapping[str, Any]]  # "codec" and "text": name, and fingerprint, rows and dim where they are known
+
 STUDENT = "student"
 CAPTION_DROP = 0.1  # of runs that start from random weights: guidance needs it, and no base model has taught it
 
 
+def device(config: Config) -> torch.device:
+    """Where encoders and samplers run: as `trainer.accelerator` says, auto meaning the GPU where there is one."""
+    wanted, there = config.trainer.accelerator, torch.cuda.is_available()
+    if wanted == "gpu" and not there:
+        raise InputError("trainer.accelerator=gpu: no GPU is seen here; use auto or cpu")
+    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+
+
 def codec(config: Config) -> Codec:
-    """The video codec of `codec=`."""
-    return dct_codec()
+    """The video codec of `codec=`; InputError where its weights cannot be used."""
+    return _codec(config, device(config))
 
 
-def text(config: Config) -> HashText:
-    """The text encoder of `text=`."""
-    return HashText(config.text.rows, config.text.dim)
+def _codec(config: Config, where: torch.device) -> Codec:
+    if not isinstance(config.codec, WanCodec):
+        return dct_codec()
+    if config.codec.weights is None:
+        raise InputError("codec.weights=null: codec=wan needs its weights to encode and decode; name a diffusers folder")
+    return wan_codec(config.codec.weights, where)
+
+
+def text(config: Config) -> TextEncoder:
+    """The text encoder of `text=`; umt5 loads its weights when it meets the first caption."""
+    if not isinstance(config.text, Umt5Text):
+        return HashText(config.text.rows, config.text.dim)
+    return Umt5Encoder(config.text.weights, config.text.rows, config.text.dim, DTYPES[config.text.dtype], device(config))
+
+
+def encoders(config: Config) -> Encoders:
+    """What the config says of codec and text encoder. Without weights (training needs none: the shards are encoded) wan and
+    umt5 have no fingerprint here; with them it is read, and UMT5 is not loaded for it."""
+    of_codec: dict[str, Any] = {"name": config.codec.name}
+    of_text: dict[str, Any] = {"name": config.text.name, "rows": config.text.rows, "dim": config.text.dim}
+    if getattr(config.codec, "weights", "") is not None:
+        of_codec["fingerprint"] = _codec(config, torch.device("cpu")).fingerprint()
+    if getattr(config.text, "weights", "") is not None:
+        of_text["fingerprint"] = text(config).fingerprint()
+    return {"codec": of_codec, "text": of_text}
+
+
+def same_encoders(one: Encoders, place: str, other: Encoders, other_place: str, remedy: str) -> None:
+    """InputError unless two records of codec and text encoder agree, as far as both go; the places are for the message."""
+    for what in ("codec", "text"):
+        manifest.same_encoder(what, one[what], place, other[what], other_place, remedy)
 
 
 def toy_spec(config: Config) -> ToySpec | None:
@@ -77,26 +116,47 @@ def data(config: Config) -> WindowModule:
         caption_drop=drop if drop is not None else CAPTION_DROP * (config.init is None),
         seed=config.seed,
     )
+    _can_watch(config)
     module = WindowModule(root, settings)
-    _same_encoders(config, module)
-    return module
-
-
-def _same_encoders(config: Config, module: WindowModule) -> None:
-    """InputError where the shards come from another codec or text encoder, or have other sizes, than the config's."""
     stored = module.store.manifest
-    for what, of, now in (("codec", stored.codec, codec(config)), ("text", stored.text, text(config))):
-        if of["fingerprint"] != now.fingerprint():
-            raise InputError(
-                f"{config.data.root}: was prepared with {what} {of['name']!r}, which is not this config's {what}={now.name}; "
-                f"choose the {what} of the dataset, or prepare it again"
-            )
+    _fits(config, {"codec": stored.codec, "text": stored.text})
     sizes = {(bucket.height, bucket.width) for bucket in module.store.buckets}
     if config.data.size not in sizes:
         have = ", ".join(f"[{h},{w}]" for h, w in sorted(sizes))
+        raise InputError(f"{root}: holds videos of {have}, data.size is {list(config.data.size)}; set data.size to one of them")
+    return module
+
+
+def _can_watch(config: Config) -> None:
+    """InputError where the run is to sample videos that it could not decode: found now, not when the first is due."""
+    if isinstance(config.codec, WanCodec) and config.codec.weights is None and config.watch.sample:
         raise InputError(
-            f"{config.data.root}: holds videos of {have}, data.size is {list(config.data.size)}; set data.size to one of them"
+            "codec.weights=null: watch.sample=true decodes videos with them; name the folder of the Wan VAE, or set "
+            "watch.sample=false"
         )
+
+
+def _fits(config: Config, stored: Encoders) -> None:
+    """InputError where the shards come from another codec or text encoder than the config's, or than the weights of `init`."""
+    remedy = "choose the codec and text of the dataset, or prepare it again"
+    dataset = f"the dataset {config.data.root}"
+    same_encoders(stored, dataset, encoders(config), "this config", remedy)
+    learned = _learned_from(Path(config.init)) if config.init else None
+    if learned:
+        remedy = "train on latents and texts of the same encoders: prepare the videos again with them, or choose another init"
+        same_encoders(stored, dataset, learned, f"init={config.init}", remedy)
+
+
+def _learned_from(init: Path) -> Encoders | None:
+    """What the weights of a merged folder, run or checkpoint learned from; None for somebody else's folder, or none."""
+    if _is_run(init):
+        return _content(init)[2]["WindowModule"]["encoders"]  # type: ignore[no-any-return]
+    known = manifest.read_manifest(init)
+    return {"codec": known.codec, "text": known.text} if known else None
+
+
+def _is_run(path: Path) -> bool:
+    return path.suffix == ".ckpt" or (path / "config.yaml").is_file()
 
 
 def shape(config: Config) -> dict[str, Any]:
@@ -122,6 +182,7 @@ class Start:
     lineage: tuple[manifest.Link, ...] = ()
     base: str | None = None
     sampler: SamplerSettings | None = None
+    encoders: Encoders | None = None  # what the weights learned from, where that is known
 
 
 def start(config: Config, weights: str = "auto") -> Start:
@@ -130,18 +191,27 @@ def start(config: Config, weights: str = "auto") -> Start:
     if config.init is None:
         return Start(random_transformer(shape(config), dtype, config.seed))
     path = Path(config.init)
-    if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
+    if _is_run(path):
         run = trained(path, weights)
-        return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=sampler(run.config))
+        settings = sampler(run.config)
+        return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=settings, encoders=run.encoders)
     if not path.is_dir():
         raise InputError(
             f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt"
         )
-    _same_shape(config, path)
     known = manifest.read_manifest(path)
-    lineage, base = (known.lineage, known.base) if known else ((), None)
-    settings = SamplerSettings(**known.sampler) if known else None
-    return Start(load_transformer(path, dtype), lineage, base or manifest.fingerprint(path), settings)
+    if known and known.adapters and not (path / "transformer").is_dir():
+        raise InputError(f"init={path}: holds adapters alone; merge their run with merge.adapter_only=false and start from that")
+    _same_shape(config, path)
+    transformer = load_transformer(path, dtype)
+    if known is None:
+        return Start(transformer, base=manifest.fingerprint(path))
+    try:
+        settings = SamplerSettings(**known.sampler)
+    except TypeError as error:
+        raise InputError(f"{path / manifest.NAME}: sampler has unknown settings ({error}); merge the run again") from error
+    learned = {"codec": known.codec, "text": known.text}
+    return Start(transformer, known.lineage, known.base or manifest.fingerprint(path), settings, learned)
 
 
 def _same_shape(config: Config, folder: Path) -> None:
@@ -270,7 +340,8 @@ class Trained:
     iteration: int
     which: str
     values: dict[str, torch.Tensor]
-    dataset: str
+    dataset: str  # sha256 of the manifest of what it learned from
+    encoders: Encoders  # and how that was encoded
 
     def folded(self) -> dict[str, torch.Tensor]:
         """The plain state dict with the trained weights in place."""
@@ -296,15 +367,15 @@ class Trained:
         return manifest.ModelManifest(
             lineage=self.lineage(),
             sampler=asdict(sampler(config)),
-            codec={"name": config.codec.name, "fingerprint": codec(config).fingerprint()},
-            text={"name": config.text.name, "fingerprint": text(config).fingerprint(), "rows": config.text.rows},
+            codec={key: self.encoders["codec"][key] for key in ("name", "fingerprint")},
+            text={key: self.encoders["text"][key] for key in ("name", "fingerprint", "rows", "dim")},
             size=config.data.size,
             base=self.start.base,
         )
 
 
-def trained(path: Path, weights: str) -> Trained:
-    """A run folder (its newest checkpoint) or one of its checkpoints. `weights`: ema, last, or auto (ema where there is one)."""
+def _content(path: Path) -> tuple[Path, Config, dict[str, Any]]:
+    """The checkpoint that a run folder (its newest) or a path names, the config of its run, and what it holds."""
     if path.suffix == ".ckpt":
         file, folder = path, RunFolder.open(path.parent.parent)
     else:
@@ -313,8 +384,12 @@ def trained(path: Path, weights: str) -> Trained:
         if newest is None:
             raise InputError(f"{path}: holds no checkpoint yet; let the run reach one (checkpoint.every iterations)")
         file = newest
-    config = typed(folder.load_config())
-    content = checkpoint.read(file)
+    return file, typed(folder.load_config()), checkpoint.read(file)
+
+
+def trained(path: Path, weights: str) -> Trained:
+    """A run folder (its newest checkpoint) or one of its checkpoints. `weights`: ema, last, or auto (ema where there is one)."""
+    file, config, content = _content(path)
     averages = [state["average"] for state in content["callbacks"].values() if "average" in state]
     if weights == "ema" and not averages:
         raise InputError(f"{file}: has no EMA (stage.ema.decay was 0); use weights=last")
@@ -324,7 +399,8 @@ def trained(path: Path, weights: str) -> Trained:
     adapt(config, begun.transformer)
     expected = {name: tuple(parameter.shape) for name, parameter in adapters.trainable(begun.transformer).items()}
     checkpoint.audit(expected, values, str(file))
-    return Trained(config, begun, iteration_of(file), which, values, content["WindowModule"]["dataset"])
+    data = content["WindowModule"]
+    return Trained(config, begun, iteration_of(file), which, values, data["dataset"], data["encoders"])
 
 
 def unadapted(run: Trained) -> HeliosTransformer:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from helios_train import rng
 from helios_train.conf.schema import Config
@@ -21,46 +25,62 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
-    """Merges the run or checkpoint `init` into `merge.output`."""
+    """Merges the run or checkpoint `init` into `merge.output`, or writes its adapter alone."""
     assert config.merge is not None
     if config.init is None:
         raise InputError("task=merge needs init=<run folder or checkpoints/<iteration>.ckpt>")
-    source = Path(config.init)
-    output = (
-        Path(config.merge.output) if config.merge.output else (source if source.is_dir() else source.parent.parent) / "merged"
-    )
-    merge(source, output, config.merge.weights)
-    print(f"merged {source} into {output}")
+    source, alone = Path(config.init), config.merge.adapter_only
+    beside = (source.parent.parent if source.suffix == ".ckpt" else source) / ("adapter" if alone else "merged")
+    output = Path(config.merge.output) if config.merge.output else beside
+    files = merge(source, output, config.merge.weights, alone)
+    print(f"wrote the adapter of {source} into {output}" if alone else f"merged {source} into {output}")
+    for file in files:
+        print(f"  {output / file}{': layers that trained in full; the adapter needs them' if 'trained_layers' in file else ''}")
 
 
-def merge(source: Path, output: Path, weights: str) -> Path:
+def merge(source: Path, output: Path, weights: str, adapter_only: bool = False) -> list[str]:
     """Folds what a run trained into its base and writes the folder, which has its name only once it is whole and checked.
 
-    InputError where `output` holds something already.
+    `adapter_only`: writes what the run trained, and no base. Returns the files of the run's own adapter, relative to `output`.
+    InputError where `output` holds something already or cannot be written, or there is no adapter to write.
     """
-    if output.exists() and any(output.iterdir()):
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output}: is not empty; choose another merge.output, nothing was overwritten")
     run_ = build.trained(source, weights)
-    plain = run_.folded()
     adapted = run_.start.transformer
+    whole = build.trains_fully(run_.config)
+    if whole and adapter_only:
+        raise InputError(f"{source}: every weight was trained, so there is no adapter; use merge.adapter_only=false")
+    plain = {} if adapter_only else run_.folded()
     _put(adapted, run_.values)
-    links: dict[str, dict[str, torch.Tensor]] = {}
-    if not build.trains_fully(run_.config):
-        links[_link_name(run_)] = adapters.link_state(adapted, build.STUDENT, run_.values)
-    settings = build.sampler(run_.config)
+    links = {} if whole else {_link_name(run_): adapters.link_state(adapted, build.STUDENT, run_.values)}
+    with _appears_whole(output) as unfinished:
+        own = {name: manifest.write_adapter(unfinished, name, tensors) for name, tensors in links.items()}
+        if adapter_only:
+            manifest.write_manifest(unfinished, replace(run_.model_manifest(), adapters=own))
+        else:
+            about = replace(run_.model_manifest(), adapters=_copy_earlier(run_, unfinished) | own)
+            scheduler = build.sampler(run_.config).scheduler()
+            manifest.write_folder(unfinished, manifest.shape_of(adapted), plain, scheduler, about)
+            check_forward(adapted, load_transformer(unfinished, adapted.proj_out.weight.dtype))
+    return [file for files in own.values() for file in files]
+
+
+@contextmanager
+def _appears_whole(output: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name at the end; nothing is left of it after an error, which is an InputError where
+    the disk is full or the place cannot be written to."""
     unfinished = output.with_name(output.name + ".tmp")
-    if unfinished.exists():
-        shutil.rmtree(unfinished)  # of a merge that was killed
     try:
-        shape = manifest.shape_of(adapted)
-        manifest.write_folder(unfinished, shape, plain, settings.scheduler(), run_.model_manifest(), links)
-        for file in _earlier_links(run_):
-            shutil.copy(file, unfinished / "adapters")
-        check_forward(adapted, load_transformer(unfinished, adapted.proj_out.weight.dtype))
+        if unfinished.exists():
+            shutil.rmtree(unfinished)  # of a merge that was killed
+        unfinished.mkdir(parents=True)
+        yield unfinished
         unfinished.replace(output)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{output}: cannot be written ({error}); make room, or choose another merge.output") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return output
 
 
 def _link_name(run_: build.Trained) -> str:
@@ -70,9 +90,18 @@ def _link_name(run_: build.Trained) -> str:
     return f"{stage}_{before + 1}" if before else stage
 
 
-def _earlier_links(run_: build.Trained) -> list[Path]:
-    """The adapters of the folder the run started from."""
-    return sorted((Path(run_.config.init) / "adapters").glob("*.safetensors")) if run_.config.init else []
+def _copy_earlier(run_: build.Trained, folder: Path) -> dict[str, list[str]]:
+    """Copies the adapters of the folder that the run started from; returns their files by link."""
+    origin = Path(run_.config.init) if run_.config.init else None
+    known = manifest.read_manifest(origin) if origin else None
+    if origin is None or known is None:
+        return {}
+    for file in (origin / file for files in known.adapters.values() for file in files):
+        if not file.is_file():
+            raise InputError(f"{file}: is missing, but {manifest.NAME} lists it; copy or merge that folder again")
+        (folder / "adapters").mkdir(exist_ok=True)
+        shutil.copy(file, folder / "adapters")
+    return known.adapters
 
 
 @torch.no_grad()

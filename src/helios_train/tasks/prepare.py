@@ -1,77 +1,84 @@
-"""prepare: a folder of videos with captions beside them becomes a dataset of latents."""
+"""prepare: videos with captions become a dataset of shards: divisible, resumable, the same bytes every time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
+import signal
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_train.conf.schema import Config
-from helios_train.data.format import MANIFEST, SCHEMA, SECTION_FRAMES, Bucket, Manifest, read_manifest, sha256_of, write_manifest
+from helios_train.data.buckets import LENGTHS, RESOLUTIONS
+from helios_train.data.decode import Decoder
+from helios_train.data.footage import Source, Videos
+from helios_train.data.format import (
+    CAPTION,
+    MANIFEST,
+    MEMBERS,
+    META,
+    SCHEMA,
+    SECTION_FRAMES,
+    Manifest,
+    atomic,
+    read_manifest,
+    write_manifest,
+)
+from helios_train.data.plan import (
+    FOLDER,
+    PLAN_PLACE,
+    Locks,
+    Plan,
+    PrepareSettings,
+    Receipt,
+    Skipped,
+    read_plan,
+    read_receipt,
+    refusal,
+    write_plan,
+    write_receipt,
+)
+from helios_train.data.reencode import RawShards
 from helios_train.data.toy import render_folder
-from helios_train.data.video import VideoInfo, centre_crop_resize, probe, read_frames
-from helios_train.data.writer import Sample, write_shard
-from helios_train.errors import InputError
+from helios_train.errors import HeliosError, InputError
 from helios_train.models.codecs import Codec
-from helios_train.models.text import HashText
-from helios_train.rng import torch_generator
+from helios_train.models.text import TextEncoder
 from helios_train.tasks import build
+from helios_train.tasks.progress import Progress
+from helios_train.tasks.shards import Encoders, ShardMaker
 
 SIDE_STEP = 16  # the transformer's patches are 16 pixels wide, and diffusers' pipelines take no other sides
-SECTIONS_AT_ONCE = 4  # decoded and encoded together: bounds the memory a long video takes
+FULL_HISTORY = 4  # sections a clip needs for one of them to have all 19 frames of history
+SKIPPED = "skipped.json"
+DEFAULTS = PrepareSettings()
 
 
-@dataclass(frozen=True)
-class _Clip:
-    """One video to store: its place among all videos, what its header says, and the texts beside it."""
+class Stopped(HeliosError):
+    """SIGTERM came; `exit_code` is 143."""
 
-    path: Path
-    ordinal: int
-    info: VideoInfo
-    sha256: str
-    caption: str | None
-    truth: Any
-
-    @property
-    def sections(self) -> int:
-        return self.info.frames // SECTION_FRAMES
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What all clips share; the records are what the manifest and every clip say of codec and text."""
-
-    source: str
-    codec: Codec
-    text: HashText
-    size: tuple[int, int]
-    seed: int
-    codec_record: dict[str, Any]
-    text_record: dict[str, Any]
+    exit_code = 128 + signal.SIGTERM
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
     """Makes the shards of `data.root`: of the videos of `prepare.source`, or of rendered ones where data=toy."""
-    assert config.prepare is not None
-    prepared(config, config.prepare.shard_samples)
+    prepared(config)
 
 
-def prepared(config: Config, shard_samples: int = 64) -> Manifest:
-    """The dataset of `data.root`; videos are rendered first where data=toy."""
+def prepared(config: Config) -> Manifest | None:
+    """The dataset of `data.root`, None while other parts of it are missing; videos are rendered first where data=toy."""
     root, spec, source = Path(config.data.root), build.toy_spec(config), build.source(config)
     if spec is not None:
         render_folder(source, spec)
     encoders = build.codec(config), build.text(config)
-    return prepare_folder(source, root, *encoders, config.data.size, shard_samples=shard_samples, seed=config.seed)
+    return prepare_folder(source, root, *encoders, config.data.size, settings=settings_of(config), seed=config.seed)
 
 
 def toy_shards(config: Config) -> None:
@@ -81,153 +88,260 @@ def toy_shards(config: Config) -> None:
         prepared(config)
 
 
-def prepare_folder(
-    source: Path, root: Path, codec: Codec, text: HashText, size: tuple[int, int], *, shard_samples: int = 64, seed: int = 0
-) -> Manifest:
-    """Encode every `*.mp4` of `source`, in the order of their names, into the dataset `root`; returns its manifest.
+def settings_of(config: Config) -> PrepareSettings:
+    """What the keys of `prepare` say; of another task, which has none, the defaults."""
+    keys = config.prepare
+    if keys is None:
+        return DEFAULTS
+    own = {name: getattr(keys, name) for name in ("start", "stride", "shard_samples", "raw", "bad", "timeout", "batch")}
+    part, _, parts = keys.part.partition("/")
+    return PrepareSettings(
+        sizes=RESOLUTIONS if keys.sizes == "published" else keys.sizes,
+        lengths=LENGTHS if keys.lengths == "published" else keys.lengths,
+        part=(int(part), int(parts)),
+        **own,
+    )
 
-    NAME.txt beside NAME.mp4 is the caption (missing: empty, and counted), NAME.json what is known of the content. Videos are
-    cropped to the middle and resized to `size` (H, W), cut into floor(F / 33) sections and encoded section by section; shorter
-    ones are left out and counted. `seed` draws from the posterior of codecs that have one. The same arguments give the same
-    bytes, and a finished dataset made from the same is left as it is. InputError when there is nothing to encode, a file
-    cannot be read, `size` does not fit the model, or `root` holds another dataset.
+
+def prepare_folder(
+    source: Path,
+    root: Path,
+    codec: Codec,
+    text: TextEncoder,
+    size: tuple[int, int],
+    *,
+    settings: PrepareSettings = DEFAULTS,
+    seed: int = 0,
+) -> Manifest | None:
+    """Encode the videos of `source` into the dataset `root`; returns its manifest, None while other parts are missing.
+
+    `source`: a folder of videos with captions in .txt files of the same names, a list, or another dataset, whose raw shards
+    are taken over and encoded anew. Videos are cropped and resized to `size` (H, W), or the nearest of `settings.sizes`, cut
+    into whole sections and encoded section by section; clips too short are left out and counted. `seed` draws starts and from
+    the posterior of codecs that have one. Which shard holds what is decided first; then every shard is made by itself, so
+    that the same call goes on after a stop at any moment and several processes may work on one root. The same arguments give
+    the same bytes, and a finished dataset made from the same is left as it is. InputError when there is nothing to encode, a
+    video cannot be used (unless settings.bad is "skip"), a size does not fit the model, `root` holds another dataset or
+    cannot be written. Seconds by what they were spent on are left in root/prepare/times_K_of_N.json.
     """
     source, root = Path(source), Path(root)
-    if any(side < SIDE_STEP or side % SIDE_STEP for side in size):
-        raise InputError(f"size {size[0]}x{size[1]}: both sides must be multiples of {SIDE_STEP} pixels")
-    if shard_samples < 1:
-        raise InputError(f"{shard_samples} samples a shard: at least 1 is needed")
-    job = _job(source, codec, text, size, seed)
-    clips, short = _survey(source)
-    made_from = _made_from(job, clips, shard_samples)
-    manifest = _finished(root, made_from)
+    sizes = settings.sizes or (size,)
+    _check(source, root, sizes, settings)
+    encoders = Encoders(codec, text)
+    footage = _source(source, sizes, settings, seed)
+    identity = _identity(footage, sizes, settings, seed, encoders)
+    manifest = _finished(root, identity)
     if manifest is None:
-        manifest = _write(root, job, clips, shard_samples, made_from)
-    without = sum(clip.caption is None for clip in clips)
-    Console().print(
-        f"{root}: {manifest.total} clips, {sum(clip.sections for clip in clips)} sections of {size[0]}x{size[1]} in "
-        f"{len(manifest.shards)} shards; {short} videos under {SECTION_FRAMES} frames left out, {without} without caption",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+        with _stoppable(root), closing(Locks(root)) as locks, Decoder(settings.timeout) as decoder:
+            plan = _plan(root, identity, footage, decoder, settings, locks)
+            _make_shards(root, plan, footage, encoders, settings, seed, decoder, locks)
+            with locks.hold(PLAN_PLACE, wait=True):
+                manifest = _assembled(root, plan, footage, encoders)
+    if manifest is not None:
+        _say(_summary(root, manifest))
     return manifest
 
 
-def _job(source: Path, codec: Codec, text: HashText, size: tuple[int, int], seed: int) -> _Job:
-    constants = {"latents_mean": codec.latents_mean, "latents_std": codec.latents_std}
-    return _Job(
-        # Keys carry the folder's name, in the letters they may have.
-        source=re.sub(r"[^a-z0-9_-]+", "_", source.resolve().name.lower())[:60] or "clip",
-        codec=codec,
-        text=text,
-        size=(int(size[0]), int(size[1])),
-        seed=seed,
-        codec_record={"name": codec.name, "fingerprint": codec.fingerprint(), **constants},
-        text_record={"name": text.name, "fingerprint": text.fingerprint(), "rows": text.rows, "dim": text.dim},
+def _check(source: Path, root: Path, sizes: tuple[tuple[int, int], ...], settings: PrepareSettings) -> None:
+    """InputError for what no dataset can be made with."""
+    for height, width in sizes:
+        if min(height, width) < SIDE_STEP or height % SIDE_STEP or width % SIDE_STEP:
+            raise InputError(f"size {height}x{width}: both sides must be multiples of {SIDE_STEP} pixels")
+    for name in ("shard_samples", "stride", "batch"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name}={getattr(settings, name)}: at least 1 is needed")
+    part, parts = settings.part
+    if not 1 <= part <= parts:
+        raise InputError(f"part {part}/{parts}: must be the k-th of n shares, 1 <= k <= n")
+    if source.resolve() == root.resolve():
+        raise InputError(f"{source}: is both the source and the new dataset; choose another data.root")
+
+
+def _source(path: Path, sizes: tuple[tuple[int, int], ...], settings: PrepareSettings, seed: int) -> Source:
+    return RawShards(path, sizes, settings) if (path / MANIFEST).is_file() else Videos(path, sizes, settings, seed)
+
+
+def _identity(
+    source: Source, sizes: tuple[tuple[int, int], ...], settings: PrepareSettings, seed: int, encoders: Encoders
+) -> str:
+    """sha256 of everything the dataset's bytes follow from."""
+    made = replace(settings, sizes=sizes).followed()
+    content = [SCHEMA, source.identity(), made, seed, encoders.codec_record, encoders.text_record]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _other(root: Path) -> NoReturn:
+    raise InputError(
+        f"{root}: holds a dataset of other videos, captions or settings; choose another folder or delete it; "
+        "nothing was overwritten"
     )
 
 
-def _survey(source: Path) -> tuple[list[_Clip], int]:
-    """The videos long enough for a section, in order, and how many are too short. Nothing is decoded yet."""
-    if not source.is_dir():
-        raise InputError(f"{source}: no such folder; give one with NAME.mp4 files and NAME.txt captions beside them")
-    videos = sorted(source.glob("*.mp4"))
-    clips = []
-    for ordinal, path in enumerate(videos):
-        info = probe(path)
-        if info.frames >= SECTION_FRAMES:
-            truth = _beside(path, ".json")
-            try:
-                known = json.loads(truth) if truth is not None else None
-            except ValueError as error:
-                raise InputError(f"{path.with_suffix('.json')}: not JSON ({error}); repair or remove it") from error
-            clips.append(_Clip(path, ordinal, info, sha256_of(path), _beside(path, ".txt"), known))
-    if not clips:
-        raise InputError(f"{source}: {len(videos)} mp4 files, none of {SECTION_FRAMES} frames or more; nothing to prepare")
-    return clips, len(videos) - len(clips)
-
-
-def _beside(video: Path, suffix: str) -> str | None:
-    """The text of the file beside a video, None when there is none."""
-    path = video.with_suffix(suffix)
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text ({error}); repair or remove it") from error
-
-
-def _made_from(job: _Job, clips: list[_Clip], shard_samples: int) -> str:
-    """sha256 of everything the dataset's bytes follow from."""
-    settings = [SCHEMA, job.source, job.size, job.seed, shard_samples, job.codec_record, job.text_record]
-    files = [[clip.path.name, clip.ordinal, clip.sha256, clip.caption, clip.truth] for clip in clips]
-    return hashlib.sha256(json.dumps([settings, files], sort_keys=True).encode()).hexdigest()
-
-
-def _finished(root: Path, made_from: str) -> Manifest | None:
-    """The manifest of a whole dataset made from the same, None where it has to be written; InputError when it is another."""
+def _finished(root: Path, identity: str) -> Manifest | None:
+    """The manifest of a whole dataset made from the same, None where something is to be done; InputError when it is another."""
     if not (root / MANIFEST).exists():
         return None
     manifest = read_manifest(root)
-    if manifest.source_sha256 != made_from:
-        raise InputError(f"{root}: holds a dataset of other videos, captions or settings; choose another folder or delete it")
-    paths = [(root / shard.url, root / shard.index, shard.nbytes) for shard in manifest.shards]
-    whole = all(tar.is_file() and index.is_file() and tar.stat().st_size == nbytes for tar, index, nbytes in paths)
-    return manifest if whole else None
+    if manifest.source_sha256 != identity:
+        _other(root)
+    sizes = [(shard.url, shard.nbytes) for shard in manifest.shards] + [(shard.url, shard.nbytes) for shard in manifest.raw]
+    whole = all((root / url).is_file() and (root / url).stat().st_size == size for url, size in sizes)
+    return manifest if whole and all((root / shard.index).is_file() for shard in manifest.shards) else None
 
 
-def _write(root: Path, job: _Job, clips: list[_Clip], shard_samples: int, made_from: str) -> Manifest:
-    """All shards, bucket by bucket, then the manifest."""
-    counts = sorted(Counter(clip.sections for clip in clips).items())
-    buckets = tuple(Bucket(sections * SECTION_FRAMES, *job.size, n=n) for sections, n in counts)
-    shards = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"encoding {job.source}", total=len(clips))
+def _plan(root: Path, identity: str, source: Source, decoder: Decoder, settings: PrepareSettings, locks: Locks) -> Plan:
+    """The plan of `root`, made by the first process that comes; the others wait for it."""
+    with locks.hold(PLAN_PLACE) as first:
+        if first:
+            return _read_or_make_plan(root, identity, source, decoder, settings)
+    _say(f"{root}: another process is at the plan; waiting for it")
+    with locks.hold(PLAN_PLACE, wait=True):
+        return _read_or_make_plan(root, identity, source, decoder, settings)
 
-        def samples(group: list[_Clip]) -> Iterator[Sample]:
-            for clip in group:
-                yield _sample(clip, job)
-                progress.advance(bar)
 
-        for bucket in buckets:
-            own = [clip for clip in clips if clip.sections == bucket.sections]
-            for number, start in enumerate(range(0, len(own), shard_samples)):
-                shards.append(write_shard(root, bucket, number, samples(own[start : start + shard_samples])))
-    manifest = Manifest(buckets, tuple(shards), job.codec_record, job.text_record, made_from)
+def _read_or_make_plan(root: Path, identity: str, source: Source, decoder: Decoder, settings: PrepareSettings) -> Plan:
+    plan = read_plan(root)
+    new = plan is None
+    if plan is None:
+        with Progress(f"looking at {source.slug}", source.total, "videos") as progress:
+            shards, skipped = source.plan(decoder, progress.advance)
+        plan = Plan(identity, tuple(shards), tuple(skipped))
+    elif plan.identity != identity:
+        _other(root)
+    refused = refusal(source.path, list(plan.skipped), source.total)
+    if refused is not None and settings.bad == "stop":
+        raise refused
+    if not plan.shards:
+        least = max(SECTION_FRAMES, min(settings.lengths or (0,)))
+        why = f" ({refused})" if refused else ""
+        raise InputError(f"{source.path}: {source.total} videos, none usable of {least} frames or more; nothing to prepare{why}")
+    if new:
+        write_plan(root, plan)
+    return plan
+
+
+def _make_shards(
+    root: Path,
+    plan: Plan,
+    source: Source,
+    encoders: Encoders,
+    settings: PrepareSettings,
+    seed: int,
+    decoder: Decoder,
+    locks: Locks,
+) -> None:
+    """Make every shard of this part that is not there and that no other process is at."""
+    part, parts = settings.part
+    mine = [(place, shard) for place, shard in enumerate(plan.shards) if place % parts == part - 1]
+    open_ = [(place, shard) for place, shard in mine if read_receipt(root, plan, shard) is None]
+    if not open_:
+        return
+    start = time.perf_counter()
+    total = sum(shard.bucket.n * shard.bucket.sections for _, shard in open_)
+    with (
+        Progress(f"encoding {source.slug}", total, "sections") as progress,
+        ShardMaker(root, source, encoders, settings, seed, decoder, progress.advance) as maker,
+    ):
+        for place, shard in open_:
+            with locks.hold(PLAN_PLACE + 1 + place) as free:
+                if free and read_receipt(root, plan, shard) is None:  # another process may have been faster
+                    write_receipt(root, shard, maker.make(plan, shard))
+    spent = {"clips": maker.clips, "sections": maker.sections, **_shares(maker, time.perf_counter() - start)}
+    with locks.hold(PLAN_PLACE, wait=True), atomic(root / FOLDER / f"times_{part}_of_{parts}.json") as file:
+        file.write((json.dumps(spent, indent=1) + "\n").encode())
+    each = ", ".join(
+        f"{name} {spent[name]:.1f} s ({spent[name] / spent['seconds']:.0%})" for name in ("decode", "encode", "write")
+    )
+    _say(
+        f"encoded {maker.clips} clips, {maker.sections} sections in {spent['seconds']:.1f} s, "
+        f"{maker.sections / spent['seconds']:.2f} sections/s: {each}; decoding runs beside the rest"
+    )
+
+
+def _shares(maker: ShardMaker, seconds: float) -> dict[str, float]:
+    """Seconds in all and of each kind of work; writing is what neither encoded nor waited for a decoded block."""
+    spent = maker.clock.seconds
+    write = seconds - spent["encode"] - spent["wait"]
+    return {"seconds": seconds, "decode": spent["decode"], "encode": spent["encode"], "write": write, "wait": spent["wait"]}
+
+
+def _assembled(root: Path, plan: Plan, source: Source, encoders: Encoders) -> Manifest | None:
+    """Write dataset.json of the receipts, if all are there; otherwise say which shards are open."""
+    found = [(shard, read_receipt(root, plan, shard)) for shard in plan.shards]
+    receipts = [receipt for _, receipt in found if receipt is not None]
+    if len(receipts) < len(found):
+        open_ = [shard.name for shard, receipt in found if receipt is None]
+        named = ", ".join(open_[:5]) + (", ..." if len(open_) > 5 else "")
+        _say(
+            f"{root}: this part is done; {len(open_)} of {len(found)} shards are still open ({named}); "
+            f"the process that finishes the last of them writes {MANIFEST}"
+        )
+        return None
+    skipped = [*plan.skipped, *(one for receipt in receipts for one in receipt.skipped)]
+    manifest = _manifest(plan, receipts, skipped, encoders)
+    if not manifest.total:
+        raise InputError(f"{root}: no clip is left ({refusal(source.path, skipped, source.total)})")
+    if skipped:
+        with atomic(root / SKIPPED) as file:
+            file.write((json.dumps([asdict(one) for one in skipped], indent=1, ensure_ascii=False) + "\n").encode())
+    for leftover in (root / FOLDER).glob("*.tmp"):  # of killed runs; nobody is at work any more
+        leftover.unlink(missing_ok=True)
     write_manifest(root, manifest)
     return manifest
 
 
-def _sample(clip: _Clip, job: _Job) -> Sample:
-    """Decode, encode and describe one clip."""
-    latents = []
-    for first in range(0, clip.sections, SECTIONS_AT_ONCE):
-        block = range(first, min(first + SECTIONS_AT_ONCE, clip.sections))
-        frames = read_frames(clip.path, range(block.start * SECTION_FRAMES, block.stop * SECTION_FRAMES))
-        sections = centre_crop_resize(frames, job.size).unflatten(1, (len(block), SECTION_FRAMES)).transpose(0, 1)
-        draws = [torch_generator(job.seed, "posterior", clip.ordinal, section) for section in block]
-        latents.append(job.codec.encode(sections, draws))
-    caption = clip.caption or ""
-    rows = job.text.encode([caption])[0]
-    meta = {
-        "schema": SCHEMA,
-        "uttid": clip.path.stem,
-        "source": {"file": clip.path.name, "sha256": clip.sha256, "height": clip.info.height, "width": clip.info.width},
-        "fps": clip.info.fps,
-        "start_frame": 0,
-        "stride": 1,
-        "frames": clip.sections * SECTION_FRAMES,
-        "height": job.size[0],
-        "width": job.size[1],
-        "sections": clip.sections,
-        "caption": [caption],
-        "codec": {"name": job.codec_record["name"], "fingerprint": job.codec_record["fingerprint"], "normalized": True},
-        "posterior": {"draw": "sample", "seed": job.seed},
-        "text": {"name": job.text_record["name"], "fingerprint": job.text_record["fingerprint"], "rows": len(rows)},
+def _manifest(plan: Plan, receipts: list[Receipt], skipped: list[Skipped], encoders: Encoders) -> Manifest:
+    """What dataset.json says: a function of the plan and of the bytes of the shards."""
+    lat = tuple(receipt.lat for receipt in receipts if receipt.lat)
+    raw = tuple(receipt.raw for receipt in receipts if receipt.raw)
+    counts: Counter[str] = Counter()
+    for info in lat:
+        counts[info.bucket] += info.nsamples
+    shapes = {shard.bucket.name: shard.bucket for shard in plan.shards}
+    buckets = tuple(replace(shapes[name], n=n) for name, n in counts.items())
+    captions: Counter[str] = Counter()
+    for receipt in receipts:
+        captions.update(receipt.captions)
+    health = {
+        "short_history": sum(bucket.n for bucket in buckets if bucket.sections < FULL_HISTORY),
+        "caption_missing": captions["missing"],
+        "caption_empty": captions["empty"],
+        "skipped": dict(sorted(Counter(one.kind for one in skipped).items())),
     }
-    if clip.truth is not None:
-        meta["truth"] = clip.truth
-    return Sample(f"{job.source}-{clip.ordinal:09d}", torch.cat(latents), rows, meta)
+    columns = {"lat": list(MEMBERS)}
+    if raw:
+        columns["raw"] = [*sorted({name for receipt in receipts for name in receipt.suffixes}), META, CAPTION]
+    return Manifest(buckets, lat, encoders.codec_record, encoders.text_record, plan.identity, columns, raw, health)
+
+
+def _summary(root: Path, manifest: Manifest) -> str:
+    """What the dataset holds and what it does not."""
+    health = manifest.health
+    sections = sum(bucket.n * bucket.sections for bucket in manifest.buckets)
+    left_out = ", ".join(f"{n} {kind}" for kind, n in health["skipped"].items())
+    lines = [f"{root}: {manifest.total} clips, {sections} sections in {len(manifest.shards)} shards"]
+    lines += [f"  {bucket.name}: {bucket.n} clips of {bucket.sections} sections" for bucket in manifest.buckets]
+    lines.append(f"  left out: {left_out}; named in {root / SKIPPED}" if left_out else "  left out: none")
+    lines.append(f"  captions: {health['caption_missing']} missing, {health['caption_empty']} empty")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _stoppable(root: Path) -> Iterator[None]:
+    """Context in which SIGTERM is an error like any other: half-written files go, the worker of the decoder too."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Stopped(f"stopped by signal {number}; finished shards stay in {root}, and the same command goes on from there")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from helios_train.callbacks.validation import FULL_HISTORY
 from helios_train.conf.schema import Config
+from helios_train.data.format import Manifest
 from helios_train.data.module import WindowModule
 from helios_train.models.adapters import group_of
+from helios_train.models.manifest import shown_encoder
 from helios_train.models.precision import Masters
 from helios_train.stages.stage import Stage
 from helios_train.tasks import build
@@ -27,7 +30,8 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
     trained = counts(stage.masters)
     how = "every weight" if build.trains_fully(config) else f"LoRA rank {config.stage.lora.rank} and what is named below"
     batch, micro, devices = config.data.global_batch, config.data.micro_batch, config.trainer.devices
-    clips = len(data.store) - len(data.held_out)
+    clips, stored = len(data.store) - len(data.held_out), data.store.manifest
+    warned = warnings(stored, clips, batch)
     lines = [
         f"helios_train: stage {config.stage.name}, recipe {config.recipe.name} ({config.recipe.about})",
         f"experiment {config.experiment.name}: {config.experiment.about}",
@@ -37,6 +41,7 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
         *(f"  {group:<16} {number:>15,}" for group, number in trained.items()),
         "",
         f"data {config.data.root}: {clips} clips to train on, {len(data.held_out)} held out",
+        f"made with codec {shown_encoder(stored.codec)}, text {shown_encoder(stored.text)}",
         f"captions dropped with probability {data.settings.caption_drop:g}",
         f"epoch of {data.order.batches} iterations; {data.order.fill} samples an epoch repeat to fill the last batch",
         f"global batch {batch} = micro batch {micro} x {devices} devices x {batch // micro // devices} accumulated",
@@ -45,8 +50,28 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
         "",
         "recipe",
         *(line for key, source in config.recipe.sources.items() for line in _recipe_lines(config, key, source)),
+        *(["", f"WARNINGS: {len(warned)}", *(f"  ! {line}" for line in warned)] if warned else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def warnings(stored: Manifest, clips: int, batch: int) -> list[str]:
+    """What is amiss with the data, a line each: `clips` are left to train on, in global batches of `batch` samples."""
+    health, lines = stored.health, []
+    short = sum(bucket.n for bucket in stored.buckets if bucket.sections <= FULL_HISTORY)
+    if short:
+        share = f"{short} of {stored.total} clips ({short / stored.total:.0%})"
+        lines.append(f"{share} have under {FULL_HISTORY + 1} sections: they never show a full history")
+    silent = health.get("caption_missing", 0) + health.get("caption_empty", 0)
+    if silent:
+        lines.append(f"{silent} of {stored.total} clips ({silent / stored.total:.0%}) have no caption: they train the null text")
+    if clips < batch:
+        lines.append(f"{clips} clips are fewer than the global batch of {batch}: each iteration repeats some of them")
+    skipped = health.get("skipped", {})
+    if skipped:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in skipped.items())
+        lines.append(f"{sum(skipped.values())} videos were left out of the dataset ({kinds}): its skipped.json names them")
+    return lines
 
 
 def _recipe_lines(config: Config, key: str, source: str) -> list[str]:

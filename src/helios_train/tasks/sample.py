@@ -4,42 +4,68 @@ from __future__ import annotations
 
 import math
 import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
 
 from helios_train import rng
-from helios_train.conf.schema import Config
+from helios_train.conf import compose
+from helios_train.conf.schema import Config, Sample
 from helios_train.data.toy import ToySpec, caption_of, parse_caption, render
 from helios_train.errors import InputError
 from helios_train.evaluation import toy
 from helios_train.models import manifest
-from helios_train.models.codecs import Codec
-from helios_train.models.text import HashText, pad
+from helios_train.models.codecs import SECTION_FRAMES, Codec
+from helios_train.models.text import pad
 from helios_train.models.transformer import HeliosTransformer
-from helios_train.sampling.output import SavedVideo, save_video
-from helios_train.sampling.pipeline import SamplerSettings, build_pipeline, sample_t2v
+from helios_train.run import RunFolder
+from helios_train.sampling.inputs import ImageStart, VideoStart, load_image, load_video
+from helios_train.sampling.output import SavedVideo, VideoFiles
+from helios_train.sampling.pipeline import OneLevel, SamplerSettings, build_pipeline, grown, pixels
+from helios_train.sampling.script import Script
+from helios_train.sampling.start import from_nothing
 from helios_train.tasks import build
 
 SHOWN = 60  # characters of a caption in a file's name
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
-    """Samples `sample.prompt` (or captions of toy videos) from the weights `init`."""
+    """Samples `sample.prompt`, `sample.script` (or captions of toy videos) from the weights `init`."""
     wanted = config.sample
     assert wanted is not None
-    if config.init is None:
-        raise InputError("task=sample needs init=<merged folder, run folder or checkpoints/<iteration>.ckpt>")
+    origin = _origin(config)
+    now = build.encoders(origin.config)
+    _same_encoders(config, origin.encoders, now)
+    size = wanted.size or origin.size
+    start = _start(wanted, size)
+    codec, text = build.codec(origin.config), build.text(origin.config)
+    if wanted.script is not None:
+        prompts: list[str | Script] = [Script(wanted.script, wanted.crossfade)]
+    else:
+        prompts = [wanted.prompt] if isinstance(wanted.prompt, str) else [*(wanted.prompt or toy_captions(config, wanted.count))]
+    encoded = Encoded(text, prompts)
+    text.unload()
     begun = build.start(config, wanted.weights)
-    _same_encoders(config)
-    prompts = [wanted.prompt] if isinstance(wanted.prompt, str) else list(wanted.prompt or toy_captions(config, wanted.count))
-    settings = SamplerSettings((begun.sampler or build.sampler(config)).dynamic_shift, wanted.solver)
-    sampler = VideoSampler(build.codec(config), build.text(config), settings, config.data.size, wanted.fps, config.seed)
+    _same_encoders(config, begun.encoders, now)
+    device = build.device(config)
+    transformer = begun.transformer.to(device)
+    settings = replace(begun.sampler or build.sampler(config), solver=wanted.solver)
+    sampler = VideoSampler(codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress)
+    print(f"{config.init}: {size[0]}x{size[1]} pixels, codec {codec.name}, text {text.name}, on {device}", flush=True)
+    if start:
+        print("\n".join([f"from {start.path}", *(f"  {note}" for note in start.notes)]), flush=True)
     figures: list[dict[str, Any]] = []
     paths: list[str] = []
     for number, prompt in enumerate(prompts):
-        print(f"sampling {number + 1} of {len(prompts)}: {prompt}", flush=True)
+        print(f"sampling {number + 1} of {len(prompts)}: {_caption(prompt)}", flush=True)
         plan = wanted.sections, wanted.steps, wanted.guidance
-        saved, judged = sampler.sample(begun.transformer, prompt, number, *plan, Path(wanted.output))
+        saved, judged = sampler.sample(transformer, prompt, number, *plan, Path(wanted.output))
         figures += [judged] if judged else []
         paths += [str(saved.mp4), str(saved.sheet)]
     if figures:
@@ -47,38 +73,174 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     print("\n".join(paths))
 
 
-def _same_encoders(config: Config) -> None:
-    known = manifest.read_manifest(Path(str(config.init)))
-    if known and known.text["fingerprint"] != build.text(config).fingerprint():
-        raise InputError(f"init={config.init}: was trained with text {known.text['name']!r}, not this config's; choose that one")
-    if known and known.codec["fingerprint"] != build.codec(config).fingerprint():
+@dataclass(frozen=True)
+class Origin:
+    """How the weights `init` were trained: (H, W) of their videos in pixels, the config whose codec and text go with them, and
+    what a manifest says of these."""
+
+    size: tuple[int, int]
+    config: Config
+    encoders: build.Encoders | None = None
+
+
+def _origin(config: Config) -> Origin:
+    """A run (or checkpoint) says it by its config, a merged folder by its manifest; anybody else's folder is taken at this
+    config's word."""
+    if config.init is None:
+        raise InputError("task=sample needs init=<merged folder, run folder or checkpoints/<iteration>.ckpt>")
+    path = Path(config.init)
+    if not path.exists():
         raise InputError(
-            f"init={config.init}: was trained with codec {known.codec['name']!r}, not this config's; choose that one"
+            f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt"
         )
+    if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
+        run = compose.typed(RunFolder.open(path.parent.parent if path.suffix == ".ckpt" else path).load_config())
+        # The run knows its encoders, and where their weights lay; weights of the same kind named now may have moved.
+        codec = config.codec if config.codec.name == run.codec.name and getattr(config.codec, "weights", None) else run.codec
+        text = config.text if config.text.name == run.text.name and getattr(config.text, "weights", None) else run.text
+        return Origin(run.data.size, replace(config, codec=codec, text=text))
+    known = manifest.read_manifest(path)
+    return Origin(known.size, config, {"codec": known.codec, "text": known.text}) if known else Origin(config.data.size, config)
+
+
+def _same_encoders(config: Config, learned: build.Encoders | None, now: build.Encoders) -> None:
+    if learned:
+        remedy = f"choose codec={learned['codec']['name']} text={learned['text']['name']}, with the weights of the training"
+        build.same_encoders(learned, f"init={config.init}", now, "this config", remedy)
+
+
+def _start(wanted: Sample, size: tuple[int, int]) -> ImageStart | VideoStart | None:
+    if wanted.image is not None:
+        return load_image(Path(wanted.image), size)
+    return load_video(Path(wanted.video), size) if wanted.video is not None else None
+
+
+def _progress(done: int, count: int) -> None:
+    if sys.stdout.isatty():
+        print(f"\rsection {done} of {count}", end="\n" if done == count else "", flush=True)
+
+
+class Captions(Protocol):
+    """What a sampler asks of a text encoder: captions to [L, dim] each, L at most `rows`."""
+
+    rows: int
+
+    def encode(self, captions: list[str]) -> list[Tensor]: ...
+
+
+class Encoded:
+    """Captions encoded beforehand: a large text encoder can go before a large transformer comes."""
+
+    def __init__(self, text: Captions, prompts: Iterable[str | Script]):
+        captions = [caption for prompt in prompts for _, caption in _as_script(prompt).captions]
+        self.rows = text.rows
+        self._known = dict(zip(captions, text.encode(captions), strict=True))
+
+    def encode(self, captions: list[str]) -> list[Tensor]:
+        """What the encoder gave; KeyError for a caption it was not shown."""
+        return [self._known[caption] for caption in captions]
 
 
 class VideoSampler:
     """Samples prompts with one codec, text encoder and sampler, `size` = (H, W) in pixels.
 
-    A video's noise is a function of (seed, number).
+    A video's noise is a function of (seed, number). `start`: what every video begins from, nothing by default. `told` hears
+    after each section how many of how many are done.
     """
 
-    def __init__(self, codec: Codec, text: HashText, settings: SamplerSettings, size: tuple[int, int], fps: float, seed: int):
+    def __init__(
+        self,
+        codec: Codec,
+        text: Captions,
+        settings: SamplerSettings,
+        size: tuple[int, int],
+        fps: float,
+        seed: int,
+        *,
+        start: ImageStart | VideoStart | None = None,
+        told: Callable[[int, int], None] | None = None,
+    ):
         self.codec, self.text, self.settings = codec, text, settings
         self.size, self.fps, self.seed = size, fps, seed
+        self.start, self.told = start, told
 
     def sample(
-        self, transformer: HeliosTransformer, prompt: str, number: int, sections: int, steps: int, guidance: float, folder: Path
+        self,
+        transformer: HeliosTransformer,
+        prompt: str | Script,
+        number: int,
+        sections: int,
+        steps: int,
+        guidance: float,
+        folder: Path,
     ) -> tuple[SavedVideo, dict[str, Any]]:
-        """One video into `folder`; toy captions are judged, others give no figures."""
-        embeds = pad(self.text.encode([prompt]), self.text.rows).to(transformer.device)
-        pipeline = build_pipeline(transformer, self.codec, self.settings)
+        """One video into `folder`, written as its sections come; toy captions are judged, others give no figures."""
+        script = _as_script(prompt)
+        caption = script.captions[0][1]
+        name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', caption.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
+        judge = len(script.captions) == 1 and parse_caption(caption) is not None
+        tracks: list[toy.ToyTrack] = []
+        with VideoFiles(folder, name, self.fps, sections) as files:
+            for done, latents in enumerate(self._sections(transformer, script, number, (sections, steps, guidance)), start=1):
+                frames = pixels(self.codec, latents)[0]
+                files.add(frames)
+                if judge:
+                    tracks.append(toy.track(frames))
+                if self.told:
+                    self.told(done, sections)
+            judged = dict(toy.judge(joined(tracks), caption)) if judge else {}
+            facts: dict[str, Any] = {"seed": self.seed, "number": number, "steps": steps, "guidance": guidance, "toy": judged}
+            if len(script.captions) > 1:
+                facts |= {"script": script.captions, "crossfade": script.crossfade}
+            if self.start:
+                facts |= {"start": str(self.start.path), "start_notes": self.start.notes}
+            return files.finish(_caption(prompt), facts), judged
+
+    def _sections(
+        self, transformer: HeliosTransformer, script: Script, number: int, plan: tuple[int, int, float]
+    ) -> Iterator[Tensor]:
+        """Latents of one section after the other; `plan` is (sections, steps, guidance)."""
+        count, steps, guidance = plan
+        embeddings = pad(self.text.encode([caption for _, caption in script.captions]), self.text.rows)
         generator = rng.torch_generator(self.seed, "sample", number)
-        frames = sample_t2v(pipeline, embeds, self.size, sections, steps, guidance, generator).frames[0]
-        judged = dict(toy.judge(toy.track(frames), prompt)) if parse_caption(prompt) else {}
-        facts = {"seed": self.seed, "number": number, "steps": steps, "guidance": guidance, "toy": judged}
-        name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
-        return save_video(folder, name, frames, self.fps, prompt, facts), judged
+        nothing = from_nothing(1, self.codec.channels, self.size)
+        history = self.start.history(self.codec, generator) if self.start else nothing
+        denoise = OneLevel(build_pipeline(transformer, self.codec, self.settings), steps, guidance, generator)
+        return grown(denoise, script.texts(embeddings, count), history)
+
+
+def _as_script(prompt: str | Script) -> Script:
+    return prompt if isinstance(prompt, Script) else Script(((0, prompt),))
+
+
+def _caption(prompt: str | Script) -> str:
+    """What people read: the caption, or every caption with the section it begins at."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"from section {start}: {text}" for start, text in prompt.captions)
+
+
+def joined(tracks: list[toy.ToyTrack]) -> toy.ToyTrack:
+    """The track of a video whose sections were followed one by one, so that no more than one has to be held.
+
+    Steps across borders are between the sections' centres; colours are those of the name that most sections have.
+    """
+    centres = np.concatenate([part.centres for part in tracks])
+    steps = np.linalg.norm(np.diff(centres, axis=0), axis=1)
+    seen, border = np.isfinite(steps), np.arange(1, len(centres)) % SECTION_FRAMES == 0
+    inside, across = steps[seen & ~border], steps[seen & border]
+    background_name = Counter(part.background_name for part in tracks).most_common(1)[0][0]
+    colour_name = Counter(part.colour_name for part in tracks).most_common(1)[0][0]
+    return toy.ToyTrack(
+        background=next(part.background for part in tracks if part.background_name == background_name),
+        background_name=background_name,
+        colour=next(part.colour for part in tracks if part.colour_name == colour_name),
+        colour_name=colour_name,
+        centres=centres,
+        area=np.concatenate([part.area for part in tracks]),
+        motion=float(inside.mean()) if len(inside) else math.nan,
+        border_jump=float(across.mean()) if len(across) else math.nan,
+        border_jump_max=float(across.max()) if len(across) else math.nan,
+        found=float(np.isfinite(centres[:, 0]).mean()),
+    )
 
 
 def toy_captions(config: Config, count: int) -> list[str]:

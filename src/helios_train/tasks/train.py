@@ -5,44 +5,53 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import Logger
 
 from helios_train.callbacks.checkpoint import RunCheckpoint
 from helios_train.callbacks.ema import EmaCallback
-from helios_train.callbacks.metrics_csv import MetricsCsv
 from helios_train.callbacks.preempt import Preempt
+from helios_train.callbacks.save_loggers import SaveLoggers
 from helios_train.callbacks.throughput import Throughput
 from helios_train.callbacks.validation import HeldOut
+from helios_train.callbacks.videos import Videos
 from helios_train.conf import compose
 from helios_train.conf.schema import Config
 from helios_train.data.module import WindowModule
 from helios_train.errors import InputError
 from helios_train.models.checkpoint import AtomicCheckpointIO
 from helios_train.models.ema import Ema
-from helios_train.run import RunFolder, compare_configs, default_folder, find_resumable, iteration_of
+from helios_train.run import RunFolder, compare_configs, default_folder, find_resumable, iteration_of, write
 from helios_train.stages.replicas import ReplicaStrategy
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, prepare, run_card, sample
+from helios_train.tasks import build, prepare, run_card, watching
 
 # What a resumed run may change; anything else is refused by name.
 LOOP = tuple(f"trainer.{name}" for name in ("devices", "accelerator", "max_steps", "progress"))
 CHANGEABLE = (*LOOP, "data.workers", "logger", "run_dir", "resume")
 # Made from keys that may change, and fixed by the first start all the same: schedules go on as they began.
 FIXED_BY_FIRST_START = ("optimizer.total",)
+SHOWN = 5  # keys a message spells out
+PATIENCE = timedelta(hours=6)  # for which devices wait for the first one to sample a video
 RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
-    """Trains `stage=`, ends by sampling one video."""
+    """Trains `stage=`."""
     folder, checkpoint, config = _folder(config, raw)
+    try:
+        _train(config, raw, folder, checkpoint)
+    finally:
+        folder.unlock()
+
+
+def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: Path | None) -> None:
     main = _local_rank() == 0
     if main:
         prepare.toy_shards(config)
@@ -52,11 +61,11 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     done = iteration_of(checkpoint) if checkpoint else 0
     if main:
         _announce(config, folder, stage, data, done)
-    loop = trainer(config, folder, stage, ema, done)
+    logs = watching.loggers(config, raw, folder, done) if main else []
+    loop = trainer(config, folder, watchers(config, folder, stage, data, ema, done), logs)
+    if main and not folder.config.is_file():  # now that all is well: the same command, put right, may use the folder
+        folder.save_config(raw)
     loop.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if loop.is_global_zero and config.watch.sample:
-        _last_video(config, folder, stage, ema)
-    folder.unlock()
 
 
 def _local_rank() -> int:
@@ -75,12 +84,11 @@ def _folder(config: Config, raw: dict[str, Any]) -> tuple[RunFolder, Path | None
         default = default_folder(config.stage.name, config.experiment.name, datetime.now())
         folder = RunFolder.create(Path(config.run_dir) if config.run_dir else None, default)
         folder.lock()
-        folder.save_config(raw)
         checkpoint = None
     else:
-        folder, checkpoint = existing, existing.newest_checkpoint()
+        folder, raw = existing, _kept(existing.load_config(), raw)
         folder.lock()
-        raw = _kept(folder.load_config(), raw)
+        checkpoint = folder.newest_checkpoint()
         print(f"resuming {folder.path} at iteration {iteration_of(checkpoint) if checkpoint else 0}", flush=True)
     os.environ[RUN_DIR] = str(folder.path)
     return folder, checkpoint, compose.typed(raw)
@@ -106,8 +114,10 @@ def _to_resume(config: Config, raw: dict[str, Any]) -> RunFolder | None:
         folder = RunFolder.open(found)
     changed = _changed(folder.load_config(), raw)
     if changed:
+        more = f" and {len(changed) - SHOWN} more keys" if len(changed) > SHOWN else ""
         raise InputError(
-            f"{folder.path}: cannot resume with another {', '.join(changed)}; start a new run, or put the old values back"
+            f"{folder.path}: cannot resume with another {', '.join(changed[:SHOWN])}{more}; start a new run, or put the old "
+            f"values back (they are in {folder.config.name}, unless that is damaged)"
         )
     return folder
 
@@ -118,7 +128,10 @@ def _changed(saved: dict[str, Any], raw: dict[str, Any]) -> list[str]:
 
 def _kept(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     """The config of a resumed run: today's, with the schedule's length of the first start."""
-    return {**raw, "optimizer": {**raw["optimizer"], "total": saved["optimizer"]["total"]}}
+    try:
+        return {**raw, "optimizer": {**raw["optimizer"], "total": saved["optimizer"]["total"]}}
+    except (KeyError, TypeError):  # the one part of a cut file that no comparison misses
+        raise InputError("config.yaml of the run folder is damaged (it lacks optimizer.total); start a new run") from None
 
 
 def _announce(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, done: int) -> None:
@@ -129,13 +142,13 @@ def _announce(config: Config, folder: RunFolder, stage: Stage, data: WindowModul
     folder.check_free(disk)
     page = run_card.card(config, stage, data, disk)
     if not done:
-        folder.card.write_text(page)
+        write(folder.card, page)
     print(page, flush=True)
     print(f"run folder {folder.path}", flush=True)
 
 
-def trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, done: int) -> L.Trainer:
-    """Lightning's Trainer with everything that happens around a step; `done` iterations are in the checkpoint to go on from."""
+def watchers(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, ema: Ema | None, done: int) -> list[Callback]:
+    """What happens around a step, in its order; `done` iterations are in the checkpoint to go on from."""
     checkpoint = RunCheckpoint(
         folder.checkpoints, config.checkpoint.every, config.checkpoint.keep, config.trainer.nonfinite_limit
     )
@@ -145,21 +158,29 @@ def trainer(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None, do
     callbacks.append(Throughput(config.trainer.log_every, config.data.global_batch, partial(_measured, config, folder, done)))
     if config.watch.every and config.data.held_out:
         objective = build.base_recipe(config).objective
-        callbacks.append(HeldOut(objective, config.watch.sigmas, config.watch.clips, config.watch.every, config.seed, ema))
-    callbacks += [Preempt(checkpoint), checkpoint]
+        watch = config.watch
+        callbacks.append(HeldOut(objective, watch.sigmas, watch.quantiles, watch.clips, watch.every, config.seed, ema))
+    if config.watch.sample:
+        sampler = watching.video_sampler(config, folder, stage.transformer, data) if _local_rank() == 0 else None
+        callbacks.append(Videos(sampler, config.watch.sample_every, ema))
+    callbacks += [SaveLoggers(), Preempt(checkpoint), checkpoint]
     if config.trainer.progress:
         callbacks.append(RichProgressBar())
+    return callbacks
+
+
+def trainer(config: Config, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
+    """Lightning's Trainer as a run needs it; loggers on the first device alone."""
     _quieten()
-    main = _local_rank() == 0
     return L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
-        strategy=ReplicaStrategy() if config.trainer.devices > 1 else "auto",
+        strategy=ReplicaStrategy(timeout=PATIENCE) if config.trainer.devices > 1 else "auto",
         max_steps=config.trainer.max_steps,
         max_epochs=-1,
         precision="32-true",
         callbacks=callbacks,
-        logger=MetricsCsv(folder.metrics, done or None) if main else False,
+        logger=loggers or False,
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=True,
         enable_progress_bar=config.trainer.progress,
@@ -174,6 +195,7 @@ def _quieten() -> None:
     """Leaves Lightning its warnings, and takes from it advertisements, notes on defaults and its own deprecated calls."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what stages log is summed over the devices already
 
 
 def _measured(config: Config, folder: RunFolder, done: int, seconds: float) -> None:
@@ -183,28 +205,3 @@ def _measured(config: Config, folder: RunFolder, done: int, seconds: float) -> N
         with folder.card.open("a") as file:
             file.write(line)
         print(line, end="", flush=True)
-
-
-@torch.no_grad()
-def _last_video(config: Config, folder: RunFolder, stage: Stage, ema: Ema | None) -> None:
-    """One video into videos/, of the caption of a toy video (or of nothing), from the average where there is one."""
-    watch = config.watch
-    sampler = sample.VideoSampler(
-        build.codec(config), build.text(config), build.sampler(config), config.data.size, 25, config.seed
-    )
-    sampler.settings = replace(sampler.settings, solver="euler")
-    prompt = sample.toy_captions(config, 1)[0] if build.toy_spec(config) else ""
-    values = ema.average if ema else stage.masters.state_dict()
-    with Ema(values, 0.0).swapped_in(stage.masters.weights):
-        saved, judged = sampler.sample(
-            stage.transformer,
-            prompt,
-            stage.trainer.global_step,
-            watch.sample_sections,
-            watch.sample_steps,
-            watch.sample_guidance,
-            folder.videos,
-        )
-    print(f"{saved.mp4}\n{saved.sheet}")
-    if judged:
-        print(sample.summary([judged]))

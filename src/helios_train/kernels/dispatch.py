@@ -1,0 +1,55 @@
+"""Which implementation an op runs: the fast torch reference, Triton, or the plain formula for torch.compile.
+
+Every public op takes `kernels`, one of CHOICES: `auto` is Triton for what lies on a CUDA device and the reference elsewhere;
+`reference` is a hand-written forward and backward in torch calls; `compile` is the formula as one would write it, whose
+backward and fusion are left to torch.compile. The Triton launchers are custom ops with shapes of their own: under
+FakeTensorMode `triton` traces on CPU tensors and allocates what it would allocate on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helios_train.errors import InputError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: its kernels are defined, never called
+    triton = tl = None
+
+CHOICES = ("auto", "reference", "triton", "compile")
+NARROW = (torch.bfloat16, torch.float16, torch.float32)  # what Triton's fp32 arithmetic is for
+
+
+def choose(kernels: str, x: Tensor) -> str:
+    """`reference`, `triton` or `compile` for an op on `x`.
+
+    `auto` keeps fp64 on the reference: Triton's arithmetic is fp32. InputError for an unknown name, for Triton where it is
+    not installed or on fp64.
+    """
+    if kernels == "auto":
+        return "triton" if x.is_cuda and triton is not None and x.dtype in NARROW else "reference"
+    if kernels not in CHOICES:
+        raise InputError(f"kernels={kernels!r} is none of {', '.join(CHOICES)}")
+    if kernels == "triton" and triton is None:
+        raise InputError("kernels=triton: Triton is not installed here; install it (Linux) or set kernels=reference")
+    if kernels == "triton" and x.dtype not in NARROW:
+        raise InputError(f"kernels=triton computes in fp32, not {x.dtype}; set kernels=reference")
+    return kernels
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the dtype that arithmetic and statistics use: fp64 stays, everything else is fp32."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def jit(*without_specialising: str) -> Callable[[Any], Any]:
+    """`triton.jit`, which compiles no extra variants for the values of the named arguments; nothing without Triton."""
+    if triton is None:
+        return lambda function: function
+    return triton.jit(do_not_specialize=without_specialising)  # type: ignore[no-any-return]

@@ -1,0 +1,92 @@
+"""Parts of other people's models: where they lie, on this disk or on the Hugging Face hub; loaded whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from helios_train.errors import InputError
+
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx"]  # never read, so not downloaded either
+
+
+def root_of(weights: str, parts: tuple[str, ...], key: str) -> Path:
+    """The folder that `weights` names: one on this disk, or a model on the hub, of which `parts` (subfolders) are downloaded
+    unless they are in its cache. `key` is the config's, for messages. InputError where there is neither."""
+    local = Path(weights).expanduser()
+    if weights and local.is_dir():
+        return local
+    if (weights and local.exists()) or not HUB_NAME.fullmatch(weights):
+        raise InputError(f"{key}={weights}: no such folder; name a diffusers folder, or a model on the hub as OWNER/NAME")
+    try:
+        wanted = [f"{part}/*" for part in parts]
+        return Path(huggingface_hub.snapshot_download(weights, allow_patterns=wanted, ignore_patterns=PICKLES))
+    except (OSError, ValueError) as error:
+        included = " ".join(f"--include '{part}/*'" for part in parts)
+        raise InputError(
+            f"{key}={weights}: no such folder, and the hub gave no model of that name ({reason(error)}); where there is a "
+            f"network run `hf download {weights} {included} --local-dir FOLDER`, and set {key}=FOLDER"
+        ) from error
+
+
+def read_config(folder: Path, key: str) -> dict[str, Any]:
+    """config.json of a part; InputError where it is missing, unreadable or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)}); {key} names a diffusers folder") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: is no JSON object; {key} names a diffusers folder")
+    return config
+
+
+def load(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained` of a local folder of safetensors, in eval mode, nothing trainable.
+
+    The libraries only warn of a weight that is missing, and make one up; here it is an InputError, as is a damaged file.
+    """
+    try:
+        model, found = kind.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, **options
+        )
+    except Exception as error:  # what diffusers and transformers raise depends on where the damage lies
+        raise InputError(f"{folder}: cannot be loaded ({reason(error)}); download or copy the folder again") from error
+    faults = [str(name) for what in ("missing_keys", "mismatched_keys", "error_msgs") for name in sorted(found[what], key=str)]
+    if faults:
+        raise InputError(
+            f"{folder}: {len(faults)} weights of {kind.__name__} are missing or misshapen, {faults[0]} among them; "
+            "download or copy the folder again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def mapped_weights(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Each weight of NAME.safetensors, or of the shards that NAME.safetensors.index.json lists, on the host.
+
+    Files are mapped: of a weight only what is looked at is read. InputError where there is none, or one is damaged.
+    """
+    index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
+    try:
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else [single.name]
+        for file in files:
+            with safe_open(folder / file, framework="pt") as tensors:
+                for key in tensors.keys():
+                    yield key, tensors.get_tensor(key)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: the weights cannot be read ({reason(error)}); download, copy or export the folder again"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error, for a sentence."""
+    return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
