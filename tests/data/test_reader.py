@@ -70,6 +70,14 @@ def test_edits_leave_frames_out(first: int, end: int, tmp_path: Path) -> None:
     assert videos.numbers(reader.read(path, [3, 30, 44], contents)) == [first + 3, first + 30, first + 44]
 
 
+def test_frames_whose_beginning_was_cut_off_do_not_count(tmp_path: Path) -> None:
+    path = videos.headless(tmp_path / "clip.mp4")
+    contents = survey(path)
+    assert contents.info == (51, 64, 96, 25.0, ())  # of 54 packets
+    assert videos.numbers(read_all(path)) == list(range(15, 66))
+    assert videos.numbers(reader.read(path, [1, 20, 50], contents)) == [16, 35, 65]
+
+
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
 def test_a_variable_rate_becomes_constant(name: str, tmp_path: Path) -> None:
     path = videos.variable_rate(tmp_path / name)

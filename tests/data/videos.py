@@ -168,6 +168,21 @@ def edited(path: Path, first: int = 20, end: int = 66) -> Path:
     return path
 
 
+def headless(path: Path) -> Path:
+    """Cut out of a longer video without decoding it: the first frames of its open group need some that were left behind."""
+    params = "open-gop=1:bframes=4:b-adapt=0:scenecut=0:min-keyint=1:log-level=none"
+    source = write(path.with_suffix(".mkv"), codec="libx265", gop=15, options={"x265-params": params})
+    with av.open(str(source)) as video, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(video.streams.video[0])
+        keys = 0
+        for packet in video.demux(video.streams.video[0]):
+            keys += packet.is_keyframe
+            if keys > 1 and packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    return path
+
+
 def stretched(path: Path) -> Path:
     """24 seconds long for its 66 frames of 25 a second: the last one stands still."""
     return write(path, times=[*(40 * number for number in range(65)), 24000])

@@ -95,7 +95,9 @@ def test_choice() -> None:
         choose("triton", x.double())
 
 
-@pytest.mark.parametrize(("batch", "length", "split"), [(1, 11040, 2400), (2, 4560, 0), (4, 2940, 2940), (8, 100, 3), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("batch", "length", "split"), [(1, 11040, 2400), (1, 2640, 5), (2, 4560, 0), (4, 2940, 2940), (8, 100, 3), (1, 1, 1)]
+)
 def test_launch_covers_every_token_once(batch: int, length: int, split: int) -> None:
     """Chunks of a segment hold it whole, and where there are sums, all of them fit on the device at once."""
     for sums in (False, True):

@@ -347,9 +347,12 @@ def test_each_video_goes_to_the_nearest_shape_and_the_longest_length(tmp_path: P
     assert skipped == [{"name": "square.mp4", "kind": "too short", "reason": "40 frames, 50 are needed"}]
 
 
-def test_how_much_is_encoded_at_once_changes_nothing(prepared: tuple[Path, Manifest], videos: Path, tmp_path: Path) -> None:
-    one = prepare_folder(videos, tmp_path, CODEC, TEXT, SIZE, settings=PrepareSettings(shard_samples=2, batch=1, timeout=60))
-    assert one == prepared[1] and digest(tmp_path) == digest(prepared[0])
+def test_how_much_is_encoded_at_once_belongs_to_the_dataset(
+    prepared: tuple[Path, Manifest], videos: Path, tmp_path: Path
+) -> None:
+    """This codec gives the same bytes in any batch; a network's last digits may differ, so the dataset counts as another."""
+    one = prepare_folder(videos, tmp_path, CODEC, TEXT, SIZE, settings=PrepareSettings(shard_samples=2, batch=1))
+    assert one is not None and one.shards == prepared[1].shards and one.source_sha256 != prepared[1].source_sha256
 
 
 def test_the_keys_of_the_task_are_the_settings() -> None:
@@ -392,14 +395,14 @@ def test_a_source_without_usable_videos(tmp_path: Path) -> None:
 
 @pytest.fixture
 def faulty(videos: Path, tmp_path: Path) -> Path:
-    """Two good videos of one name in two folders, one half of whose frames are zeros, three that no header describes."""
+    """Two good videos of one name in two folders, the last of whose frames are zeros, three that no header describes."""
     source = tmp_path / "mixed"
     for folder in ("a", "b"):
         (source / folder).mkdir(parents=True)
         shutil.copy(videos / "000000.mp4", source / folder / "same.mp4")
     content = bytearray((videos / "000001.mp4").read_bytes())
     end = content.index(b"moov")
-    start = (content.index(b"mdat") + end) // 2
+    start = content.index(b"mdat") + (end - content.index(b"mdat")) * 4 // 5
     content[start:end] = bytes(end - start)
     (source / "b" / "hurt.mp4").write_bytes(content)
     (source / "empty.mp4").touch()
@@ -457,7 +460,8 @@ def test_a_video_that_fails_while_it_decodes_stops_by_name_and_finished_shards_s
 
 
 def test_bad_videos_are_left_out_and_listed(faulty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root, settings = tmp_path / "set", PrepareSettings(bad="skip", shard_samples=2)
+    # One section at a time: the bad video fails in the middle of a shard, after a section of it was encoded.
+    root, settings = tmp_path / "set", PrepareSettings(bad="skip", shard_samples=3, batch=1)
     manifest = prepare_folder(faulty, root, CODEC, TEXT, SIZE, settings=settings)
     assert manifest is not None and manifest.total == 2
     store = ClipStore(root)

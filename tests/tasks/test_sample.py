@@ -190,7 +190,8 @@ def test_other_encoders_than_the_training_s(
 ) -> None:
     """A folder knows their fingerprints, and is not loaded for it; a run brings its own."""
     other = "text.rows=8", f"sample.output={tmp_path}"
-    with monkeypatch.context() as patched, pytest.raises(InputError, match=r"text: init=\S+ has hash .*16 rows.*this config has hash .*8 rows.*text=hash"):
+    message = r"text: init=\S+ has hash .*16 rows.*this config has hash .*8 rows.*text=hash"
+    with monkeypatch.context() as patched, pytest.raises(InputError, match=message):
         patched.setattr(build, "start", lambda *_: pytest.fail("loaded"))
         tiny_run(*QUICK, *other, f"init={trained}/merged")
     assert not any(tmp_path.iterdir())

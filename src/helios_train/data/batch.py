@@ -48,15 +48,18 @@ class Piece:
     target: Tensor  # [C, 9, H, W]
     frames: Tensor  # [C, 19, H, W]
     anchor: Tensor  # [C, 1, H, W]
-    text: Tensor  # [rows, dim]
+    text: Tensor  # [L, dim], the prompt's rows alone
     ref: Ref
     section: int
     count: int
     anchored: bool
 
 
-def stack(pieces: Sequence[Piece]) -> Window:
-    """One window out of samples of one shape."""
+def stack(pieces: Sequence[Piece], rows: int) -> Window:
+    """One window out of samples of one shape, their texts padded with zeros to `rows`."""
+    text = pieces[0].text.new_zeros(len(pieces), rows, pieces[0].text.shape[1])
+    for sample, piece in enumerate(pieces):
+        text[sample, : len(piece.text)] = piece.text
     return Window(
         target=torch.stack([piece.target for piece in pieces]),
         history=History(
@@ -65,7 +68,7 @@ def stack(pieces: Sequence[Piece]) -> Window:
             counts=tuple(piece.count for piece in pieces),
             anchored=tuple(piece.anchored for piece in pieces),
         ),
-        text=torch.stack([piece.text for piece in pieces]),
+        text=text,
         refs=tuple(piece.ref for piece in pieces),
         sections=tuple(piece.section for piece in pieces),
     )
@@ -73,9 +76,10 @@ def stack(pieces: Sequence[Piece]) -> Window:
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """Collate function: a rank's share of a global batch as a list of micro-batches."""
+    """Collate function: a rank's share of a global batch as a list of micro-batches of `size`, texts padded to `rows`."""
 
     size: int
+    rows: int
 
     def __call__(self, pieces: list[Piece]) -> list[Window]:
-        return [stack(pieces[at : at + self.size]) for at in range(0, len(pieces), self.size)]
+        return [stack(pieces[at : at + self.size], self.rows) for at in range(0, len(pieces), self.size)]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from helios_train.errors import InputError
 
 STEADY = 0.25  # a rate is constant where no frame lies further than this part of a frame from its place
+PLAIN_FRAMES = 300  # decord reads ahead as fast as it can: a long video would fill the memory
 PLAIN_FORMATS = ("yuv420p", "yuvj420p")
 HDR_CURVES = {16: "PQ", 18: "HLG"}  # transfer characteristics of H.273
 
@@ -146,7 +147,12 @@ def survey(path: Path) -> Contents:
         step=table.step,
         stamps=None if first is None or table.steady else table.times,
         grid=grid,
-        plain=whole and keys == 1 and codec == "h264" and frame.format.name in PLAIN_FORMATS and turn == UPRIGHT,
+        plain=whole
+        and keys == 1
+        and len(table.times) <= PLAIN_FRAMES
+        and codec == "h264"
+        and frame.format.name in PLAIN_FORMATS
+        and turn == UPRIGHT,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from helios_train import rng
@@ -18,7 +17,7 @@ class WindowDataset(Dataset[Piece]):
     """Sample -> one window of it. Map-style: everything random is drawn from (seed, purpose, epoch, sample id)."""
 
     def __init__(self, store: ClipStore, rows: int, seed: int, caption_drop: float = 0.0):
-        """`rows`: text rows a sample is padded to; `caption_drop`: share of samples that train with the null text."""
+        """`rows`: text rows a sample may have; `caption_drop`: share of samples that train with the null text."""
         self.store, self.rows, self.seed, self.caption_drop = store, rows, seed, caption_drop
 
     def __getitem__(self, ref: Ref) -> Piece:
@@ -28,7 +27,7 @@ class WindowDataset(Dataset[Piece]):
         return self.piece(ref, section, dropped)
 
     def piece(self, ref: Ref, section: int, dropped: bool = False) -> Piece:
-        """The window of a chosen section; `dropped` gives it the null text. bf16, as stored: half the bytes for a worker to copy."""
+        """The window of a chosen section; `dropped` gives it the null text. bf16, as stored."""
         where = windows.span(section, self.store.section_count(ref.sample))
         latents = self.store.sections(ref.sample, where.first, section + 1)
         first = latents if where.first == 0 else self.store.sections(ref.sample, 0, 1)
@@ -36,13 +35,11 @@ class WindowDataset(Dataset[Piece]):
         return Piece(target, frames, anchor, self.text(ref.sample, dropped), ref, section, where.count, where.anchored)
 
     def text(self, sample: int, dropped: bool = False) -> torch.Tensor:
-        """Text rows `[rows, dim]` bf16 of a clip, zero past the prompt, all zero if `dropped`."""
+        """The text rows `[L, dim]` bf16 of a clip, L at most `rows`; none if `dropped`."""
         text = self.store.text(sample)
         if text.shape[0] > self.rows:
             raise InputError(
                 f"{self.store.key(sample)} has {text.shape[0]} text rows, the model takes {self.rows}: "
                 f"prepare it again with text.rows={self.rows}"
             )
-        if dropped:
-            return text.new_zeros(self.rows, text.shape[1])
-        return F.pad(text, (0, 0, 0, self.rows - text.shape[0]))
+        return text[:0] if dropped else text

@@ -29,7 +29,7 @@ from helios_train.errors import InputError
 try:
     from isal.isal_zlib import crc32  # the same sums at five times the speed: half of the time a window takes to read
 except ImportError:  # no wheel for this platform
-    from zlib import crc32
+    from zlib import crc32  # noqa: F401  (readers and writers take it from here)
 
 SCHEMA = 1
 MANIFEST = "dataset.json"

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -101,7 +100,11 @@ class ClipStore:
 
     def text(self, sample: int) -> torch.Tensor:
         """The caption's rows as bf16 [L, dim], unpadded; L is 0 for an empty caption."""
-        return safetensors.torch.load(self._member(sample, TEXT).tobytes())["prompt_embed"]
+        data = self._member(sample, TEXT)
+        # Read in place; the library would copy it twice.
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        about = json.loads(data[8:start].tobytes())["prompt_embed"]
+        return torch.from_numpy(data[start:]).view(torch.bfloat16).view(about["shape"])
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The clip's record: caption (a list), source, truth where it is known, and how the latents were made."""
@@ -157,7 +160,7 @@ class ClipStore:
     def _read(self, number: int, row: int, start: int, size: int) -> NDArray[np.uint8]:
         """`size` bytes of a shard from `start`, in a buffer that torch may own."""
         data = np.empty(size, dtype=np.uint8)
-        got = os.preadv(self._file(number), [data], start)
+        got = os.preadv(self._file(number), [data.data], start)
         if got != size:
             raise InputError(f"{self._name(number, row)}: the shard ends early, {got} of {size} bytes; {REMEDY}")
         return data

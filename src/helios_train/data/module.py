@@ -75,7 +75,7 @@ class WindowModule(L.LightningDataModule):
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]  # the collate function makes windows of its pieces
             batch_sampler=Cursor(self.order, self.start, rank, ranks),  # type: ignore[arg-type]
-            collate_fn=MicroBatches(self.settings.micro_batch),
+            collate_fn=MicroBatches(self.settings.micro_batch, self.settings.text_rows),
             num_workers=workers,
             persistent_workers=workers > 0,
             generator=rng.torch_generator(self.settings.seed, "loader workers"),  # or the loader would advance the global one
@@ -95,7 +95,7 @@ class WindowModule(L.LightningDataModule):
         size, windows = self.settings.micro_batch, []
         for shape in shapes:
             same = [piece for piece in pieces if tuple(piece.target.shape) == shape]
-            windows += [stack(same[at : at + size]) for at in range(0, len(same), size)]
+            windows += [stack(same[at : at + size], self.settings.text_rows) for at in range(0, len(same), size)]
         return windows
 
 

@@ -28,11 +28,12 @@ PLAN_PLACE = 0  # byte of the lock file that stands for the plan and dataset.jso
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How videos become clips and shards. The bytes follow from all but the last four.
+    """How videos become clips and shards. The bytes follow from all but the last three.
 
     `sizes`: resolution buckets (H, W); None: the one size. `lengths`: length buckets in frames; None: every whole section.
-    `start`: where a clip shorter than its video begins. `part`: (k, n), the k-th of n shares of the shards. `bad`: what a
-    video that cannot be used does. `timeout`: seconds a video may take to decode. `batch`: sections encoded at once.
+    `start`: where a clip shorter than its video begins. `batch`: sections encoded at once (a
+    network's last digits depend on it). `part`: (k, n), the k-th of n shares of the shards. `bad`: what a video that cannot be
+    used does. `timeout`: seconds a video may take to decode.
     """
 
     sizes: tuple[tuple[int, int], ...] | None = None
@@ -41,14 +42,14 @@ class PrepareSettings:
     stride: int = 1
     shard_samples: int = 64
     raw: bool = True
+    batch: int = 4
     part: tuple[int, int] = (1, 1)
     bad: Literal["stop", "skip"] = "stop"
     timeout: float = 120.0
-    batch: int = 4
 
     def followed(self) -> dict[str, Any]:
         """What the bytes of the dataset follow from."""
-        return {name: value for name, value in asdict(self).items() if name not in ("part", "bad", "timeout", "batch")}
+        return {name: value for name, value in asdict(self).items() if name not in ("part", "bad", "timeout")}
 
 
 @dataclass(frozen=True)

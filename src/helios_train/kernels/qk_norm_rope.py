@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from helios_train.kernels.dispatch import choose, jit, tl, wide
-from helios_train.kernels.rope import apply_rope, rope_planes
+from helios_train.kernels.rope import rope_planes
 from helios_train.kernels.rows import VARYING, check_split, chunk_of, dense_rows, launch, segments
 
 WARPS, BACKWARD_WARPS, STAGES = 8, 8, 2
@@ -271,6 +271,13 @@ class _QkNormRope(torch.autograd.Function):
         return dx if wants_x else None, dweight if wants_weight else None, *(None,) * 5
 
 
+def _turned(y_BLNK: Tensor, table: Tensor) -> Tensor:
+    """RoPE in real numbers: torch.compile makes no code for complex ones."""
+    cosine, sine = table.unsqueeze(-2).unflatten(-1, (2, -1, 2))[..., 0].unbind(-2)
+    even, odd = y_BLNK.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).flatten(-2)
+
+
 def qk_norm_rope(
     x: Tensor, weight: Tensor, heads: int, table: Tensor | None = None, split: int = 0, eps: float = 1e-6, kernels: str = "auto"
 ) -> Tensor:
@@ -292,5 +299,5 @@ def qk_norm_rope(
         factor = rows[0] if late is None else torch.where(late, rows[1], rows[0])
         normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * factor
         y_BLNK = normed.unflatten(-1, (heads, -1))
-        return (y_BLNK if table is None else apply_rope(y_BLNK, table)).type_as(x)
+        return (y_BLNK if table is None else _turned(y_BLNK, table)).type_as(x)
     return _QkNormRope.apply(x, rows, table, heads, split if len(rows) > 1 else 0, eps, choice == "triton")  # type: ignore[no-any-return]

@@ -1,10 +1,10 @@
-"""What does each kernel gain, and how near is it to the copy bandwidth? python benchmarks/kernels.py [--turns 20] [--ops OP ...]
+"""What does each kernel gain, and how near is it to the copy bandwidth? python benchmarks/kernel_speed.py [--turns 20] [--ops OP ...]
 
 Each op at the sizes of a block, by turns, in one process: diffusers' formula in eager mode (its modulation expanded to every
 token, which is made outside the clock), the reference, torch.compile of the formula, Triton (on CUDA), and liger-kernel where it
 has the op and is installed. Forward alone, and forward + backward with the gradients of all inputs and parameters: medians in ms.
 `floor_ms` is the time in which the bytes that must move would be copied. On CUDA: 14b's widths in bf16 at batch 1, 2, 4 and at
-the three levels; on a CPU: width 1,024, 2,800 tokens, fp32. Writes results/kernels.json.
+the three levels; on a CPU: width 1,024, 2,800 tokens, fp32. Writes results/kernel_speed.json.
 """
 
 from __future__ import annotations
@@ -13,15 +13,11 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-
-if sys.path[0] == str(Path(__file__).parent):
-    del sys.path[0]  # the script's folder comes first, where this file would hide Hugging Face's package `kernels`
 
 import torch
 import torch.nn.functional as F
@@ -281,7 +277,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=20, help="runs behind each median")
     parser.add_argument("--ops", nargs="*", help="only these")
     parser.add_argument("--tokens", type=int, help="another number of tokens (the split keeps its share)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernel_speed.json")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
