@@ -1,4 +1,6 @@
-"""What does each kernel gain, and how near is it to the copy bandwidth? python benchmarks/kernel_speed.py [--turns 20] [--ops OP ...]
+"""What does each kernel gain, and how near is it to the copy bandwidth?
+
+Usage: python benchmarks/kernel_speed.py [--turns 20] [--ops OP ...]
 
 Each op at the sizes of a block, by turns, in one process: diffusers' formula in eager mode (its modulation expanded to every
 token, which is made outside the clock), the reference, torch.compile of the formula, Triton (on CUDA), and liger-kernel where it

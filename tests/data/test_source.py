@@ -162,14 +162,14 @@ def test_json_lines(tmp_path: Path) -> None:
         {"path": str(tmp_path / "set/a.mp4"), "cut": [0, 40]},
         {"path": "../b.mp4", "caption": None, "cut": None, "crop": [0, 4, 2, 8]},
         {"path": "a.mp4", "cap": ["first", "second"], "cut": [3, 9], "fps": 25, "num_frames": 6, "resolution": {"height": 4}},
-        {"path": "a.mp4", "cap": [], "cut": [3, 10]},
+        {"path": "a.mp4", "cap": [], "cut": [3, 9], "crop": [0, 4, 2, 8]},
     ]
     text = "\ufeff" + "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     entries, problems = listed(tmp_path / "set", "list.jsonl", text)
     assert problems == []
     assert [entry.name for entry in entries] == ["a.mp4", "a.mp4", "../b.mp4", "a.mp4", "a.mp4"]
     assert [entry.caption for entry in entries] == ["grün\u2028und rot", None, None, "first", None]
-    assert [entry.cut for entry in entries] == [None, (0, 40), None, (3, 9), (3, 10)]
+    assert [entry.cut for entry in entries] == [None, (0, 40), None, (3, 9), (3, 9)]
     assert entries[2].path == tmp_path / "b.mp4" and entries[2].crop == (0, 4, 2, 8)
     assert listed(tmp_path / "set", "list.json", json.dumps(lines)) == (entries, [])
 
