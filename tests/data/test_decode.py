@@ -86,7 +86,7 @@ def test_unusable_videos_leave_the_worker_alive(decoder: Decoder, clip: Path, tm
     for fault, said in videos.UNUSABLE.items():
         path = fault(tmp_path / f"{fault.__name__}.mp4")
         for ask in (lambda path=path: decoder.probe(path), lambda path=path: decoder.read(path, [0])):
-            with pytest.raises(InputError, match=f"{path}: .*{said}"):
+            with pytest.raises(InputError, match=f"^{path}: {said}"):
                 ask()
     with pytest.raises(InputError, match="damaged.mp4: .*damaged"):
         decoder.read(videos.damaged(tmp_path / "damaged.mp4"), range(66))

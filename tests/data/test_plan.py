@@ -69,9 +69,9 @@ def test_all_that_is_wrong_is_one_sentence() -> None:
     )
 
 
-def test_bytes_follow_from_all_settings_but_four() -> None:
+def test_bytes_follow_from_all_settings_but_three() -> None:
     names = {field.name for field in dataclasses.fields(PrepareSettings)}
-    assert names - set(PrepareSettings().followed()) == {"part", "bad", "timeout", "batch"}
+    assert names - set(PrepareSettings().followed()) == {"part", "bad", "timeout"}
 
 
 CONTEXT = multiprocessing.get_context("fork")

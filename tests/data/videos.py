@@ -171,7 +171,7 @@ def edited(path: Path, first: int = 20, end: int = 66) -> Path:
 def headless(path: Path) -> Path:
     """Cut out of a longer video without decoding it: the first frames of its open group need some that were left behind."""
     params = "open-gop=1:bframes=4:b-adapt=0:scenecut=0:min-keyint=1:log-level=none"
-    source = write(path.with_suffix(".mkv"), codec="libx265", gop=15, options={"x265-params": params})
+    source = write(path.with_name("uncut.mkv"), codec="libx265", gop=15, options={"x265-params": params})
     with av.open(str(source)) as video, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(video.streams.video[0])
         keys = 0

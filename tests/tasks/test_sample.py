@@ -28,7 +28,7 @@ from helios_train.sampling.script import Script
 from helios_train.tasks import build, sample
 
 Run = Callable[..., None]
-SIZE = (32, 48)
+SIZE = (32, 64)
 QUICK = ("task=sample", "sample.steps=2", "sample.sections=1", "sample.guidance=1")
 SHAPE = {
     "num_attention_heads": 2,
@@ -43,9 +43,9 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def trained(tiny_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 2 iterations on videos of 32x48 pixels, which is not the default size, and its merged/."""
+    """A run of 2 iterations on videos of 32x64 pixels, which is not the default size, and its merged/."""
     folder = tmp_path_factory.mktemp("sampled")
-    tiny_run("data.size=[32,48]", f"data.root={folder}/shards", f"run_dir={folder}/run", "trainer.max_steps=2")
+    tiny_run("data.size=[32,64]", f"data.root={folder}/shards", f"run_dir={folder}/run", "trainer.max_steps=2")
     tiny_run("task=merge", f"init={folder}/run")
     return folder / "run"
 
@@ -89,7 +89,7 @@ def test_image_to_video(trained: Path, tiny_run: Run, tmp_path: Path) -> None:
     tiny_run(*QUICK, f"init={trained}", f"sample.image={tmp_path}/image.png", f"sample.output={tmp_path}/out")
     (facts,) = facts_in(tmp_path / "out")
     assert facts["frames"] == 33 and facts["start"] == f"{tmp_path}/image.png"
-    assert facts["start_notes"] == ["transparent parts shown over white", "70x90 cropped and resized to 32x48"]
+    assert facts["start_notes"] == ["transparent parts shown over white", "70x90 cropped and resized to 32x64"]
     tiny_run(*QUICK, f"init={trained}", f"sample.output={tmp_path}/without")
     videos = [next((tmp_path / folder).glob("*.mp4")).read_bytes() for folder in ("out", "without")]
     assert videos[0] != videos[1]
@@ -153,7 +153,7 @@ def test_sections_are_told_of_as_they_come(tmp_path: Path) -> None:
 
 def test_an_image_is_encoded_anew_for_each_number(tmp_path: Path) -> None:
     """Its noise belongs to the video, as all noise does."""
-    Image.new("RGB", (48, 32), (10, 200, 30)).save(tmp_path / "image.png")
+    Image.new("RGB", (64, 32), (10, 200, 30)).save(tmp_path / "image.png")
     start, transformer = load_image(tmp_path / "image.png", SIZE), random_transformer(SHAPE, torch.float32, 0)
     anchors: list[Tensor] = []
     transformer.register_forward_pre_hook(

@@ -31,9 +31,9 @@ class PrepareSettings:
     """How videos become clips and shards. The bytes follow from all but the last three.
 
     `sizes`: resolution buckets (H, W); None: the one size. `lengths`: length buckets in frames; None: every whole section.
-    `start`: where a clip shorter than its video begins. `batch`: sections encoded at once (a
-    network's last digits depend on it). `part`: (k, n), the k-th of n shares of the shards. `bad`: what a video that cannot be
-    used does. `timeout`: seconds a video may take to decode.
+    `start`: where a clip shorter than its video begins. `batch`: sections encoded at once (a network's last digits depend on
+    it). `part`: (k, n), the k-th of n shares of the shards. `bad`: what a video that cannot be used does. `timeout`: seconds a
+    video may take to decode.
     """
 
     sizes: tuple[tuple[int, int], ...] | None = None
