@@ -16,8 +16,9 @@ from helios_train.memory.ledger import Report
 from helios_train.memory.live import LiveCounter
 from helios_train.memory.places import DEVICE, HOST, materialise
 from helios_train.models.adapters import Lora, add_lora, trainable
+from helios_train.models.loading import random_transformer
 from helios_train.models.precision import Masters, cast
-from helios_train.models.transformer import HeliosTransformer, random_transformer
+from helios_train.models.transformer import HeliosTransformer
 
 GIB = 2**30
 TINY: dict[str, Any] = {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from helios_train.errors import InputError
 from helios_train.models import manifest
+from helios_train.models.loading import load_transformer
 from helios_train.models.manifest import (
     NAME,
     Link,
@@ -23,7 +24,7 @@ from helios_train.models.manifest import (
     write_adapter,
     write_folder,
 )
-from helios_train.models.transformer import HeliosTransformer, load_transformer
+from helios_train.models.transformer import HeliosTransformer
 
 MANIFEST = ModelManifest(
     lineage=(Link("base", "corrected", 5, "ema", "full", 0, "d" * 64), Link("base", "released", 7, "last", "lora", 1, "e" * 64)),

@@ -16,7 +16,8 @@ from torch import Tensor
 from helios_train import rng
 from helios_train.errors import InputError
 from helios_train.history import History
-from helios_train.models.transformer import WEIGHTS, HeliosTransformer, load_transformer, random_transformer, read_shape
+from helios_train.models.loading import WEIGHTS, load_transformer, random_transformer, read_shape
+from helios_train.models.transformer import HeliosTransformer
 
 Inputs = tuple[Tensor, Tensor, Tensor, History]
 Tiny = Callable[..., HeliosTransformer3DModel]
@@ -99,11 +100,6 @@ def test_names_are_diffusers(tiny_transformer: Tiny) -> None:
         for model in (HeliosTransformer(**SHAPE), tiny_transformer())
     ]
     assert shapes[0] == shapes[1] and list(shapes[0]) == list(shapes[1])
-
-
-def test_amplified_history_is_refused() -> None:
-    with pytest.raises(InputError, match="is_amplify_history"):
-        HeliosTransformer(**SHAPE, is_amplify_history=True)
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from helios_train import rng
 from helios_train.errors import HeliosError, InputError
-from helios_train.history import FRAMES, SECTION, History
+from helios_train.history import FRAMES, SECTION
 from helios_train.models import adapters
 from helios_train.models.codecs import dct_codec
+from helios_train.models.loading import WEIGHTS, load_transformer
 from helios_train.models.manifest import read_manifest
-from helios_train.models.transformer import WEIGHTS, HeliosTransformer, load_transformer
 from helios_train.tasks import build, merge
 
 Run = Callable[..., None]
@@ -64,8 +64,22 @@ def average(run: Path) -> dict[str, Tensor]:
 def velocity(model: HeliosTransformer3DModel) -> Tensor:
     draw = rng.generator(0, "what is compared")
     frames, anchor, x_t = (rng.normal(draw, (1, 16, count, 8, 8)) for count in (FRAMES, 1, SECTION))
-    call = HeliosTransformer.velocity.__get__(model)  # diffusers' model is called as ours
-    return call(x_t, torch.tensor([700.0]), rng.normal(draw, (1, 16, 64)), History(frames, anchor, (FRAMES,), (True,)))
+    dtype = model.proj_out.weight.dtype
+    first, long, mid, short, target = torch.arange(29)[None].split([1, 16, 2, 1, 9], dim=1)
+    output = model(  # as diffusers' pipeline calls its own and ours
+        hidden_states=x_t.to(dtype),
+        timestep=torch.tensor([700.0]),
+        encoder_hidden_states=rng.normal(draw, (1, 16, 64)).to(dtype),
+        indices_hidden_states=target,
+        indices_latents_history_short=torch.cat([first, short], dim=1),
+        indices_latents_history_mid=mid,
+        indices_latents_history_long=long,
+        latents_history_short=torch.cat([anchor, frames[:, :, 18:]], dim=2).to(dtype),
+        latents_history_mid=frames[:, :, 16:18].to(dtype),
+        latents_history_long=frames[:, :, :16].to(dtype),
+        return_dict=False,
+    )
+    return output[0].float()
 
 
 @torch.no_grad()

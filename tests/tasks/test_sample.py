@@ -20,8 +20,9 @@ from helios_train.data.toy import ToySpec, render
 from helios_train.data.video import probe, write_mp4
 from helios_train.errors import ConfigError, InputError
 from helios_train.models.codecs import dct_codec
+from helios_train.models.loading import random_transformer
 from helios_train.models.text import HashText
-from helios_train.models.transformer import HeliosTransformer, random_transformer
+from helios_train.models.transformer import HeliosTransformer
 from helios_train.sampling.inputs import load_image
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.sampling.script import Script
@@ -266,7 +267,7 @@ import re, sys, torch
 from pathlib import Path
 from helios_train.models.codecs import dct_codec
 from helios_train.models.text import HashText
-from helios_train.models.transformer import random_transformer
+from helios_train.models.loading import random_transformer
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.tasks.sample import VideoSampler
 

@@ -26,16 +26,28 @@ def rope_frequencies(rope_dim: Sequence[int], theta: float, device: torch.device
     return time, rows, columns
 
 
-def rope_table(indices_T: Tensor, height: int, width: int, rope_dim: Sequence[int], theta: float, pool: int = 1) -> Tensor:
+def rope_table(
+    indices_T: Tensor,
+    height: int,
+    width: int,
+    rope_dim: Sequence[int],
+    theta: float,
+    pool: int = 1,
+    offset: tuple[int, int] = (0, 0),
+) -> Tensor:
     """Cosines and sines of every token of a [T, height, width] grid: fp32 [L, 2K], K cosines, then K sines, each pair twice.
 
-    `indices_T` are the frames' positions in time; rows and columns count from 0. With `pool` > 1 the table is that of the
+    `indices_T` are the frames' positions in time; rows and columns count from `offset`. With `pool` > 1 the table is that of the
     full grid, padded by its last entries to whole blocks and averaged over blocks of pool^3 (the mid and long history
     patches: 2 and 4); then L = ceil(T / pool) * ceil(height / pool) * ceil(width / pool). An axis' entries vary along that
     axis only, so averaging along it gives the block's mean.
     """
     device = indices_T.device
-    positions = (indices_T.float(), *(torch.arange(n, dtype=torch.float32, device=device) for n in (height, width)))
+    sides = (
+        torch.arange(first, first + side, dtype=torch.float32, device=device)
+        for first, side in zip(offset, (height, width), strict=True)
+    )
+    positions = (indices_T.float(), *sides)
     cosines, sines = [], []
     for position, frequency in zip(positions, rope_frequencies(rope_dim, theta, device), strict=True):
         angle = torch.outer(position, frequency).repeat_interleave(2, dim=-1)

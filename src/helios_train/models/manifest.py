@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from helios_train.errors import InputError
-from helios_train.models.transformer import WEIGHTS, HeliosTransformer
+from helios_train.models.loading import WEIGHTS
+from helios_train.models.transformer import HeliosTransformer
 
 SCHEMA = 1
 NAME = "helios_train.json"

@@ -1,188 +1,207 @@
-"""The Helios transformer: diffusers' parameters and names, and what training asks of it.
+"""The Helios transformer: diffusers' parameters and names under a forward of our own, and what training asks of it.
 
-Axis letters: B batch, C latent channels, T latent frames, H W latent rows and columns, L tokens, D width, N heads, K head width.
+diffusers' forward expands the modulation to every token and keeps it in the graph; here it stays two rows a sample, one for the
+history (time 0), one for the target (time t). Same weights and inputs, same output.
+
+Axis letters: B batch, C latent channels, T latent frames, H W latent rows and columns, L tokens, D width, R modulation rows.
+Tokens run long history, mid, short (the anchor first), target; `split` is where the target begins.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import HeliosTransformer3DModel
-from diffusers.models.attention_dispatch import dispatch_attention_fn
-from torch import Tensor, nn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_helios import pad_for_3d_conv
+from diffusers.utils import apply_lora_scale
+from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
-from helios_train import rng
-from helios_train.errors import InputError
 from helios_train.history import ANCHOR_INDEX, LONG_INDICES, MID_INDICES, SHORT_INDICES, TARGET_INDICES, History
-from helios_train.kernels.rope import apply_rope
-from helios_train.models.checkpoint import audit
-from helios_train.models.precision import cast, dtype_of
-from helios_train.models.pretrained import mapped_weights
+from helios_train.kernels.modulated_norm import modulated_norm
+from helios_train.kernels.rope import rope_table
+from helios_train.models.block import Attention, Block
 
-WEIGHTS = "diffusion_pytorch_model"
 HISTORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}  # name -> how often it repeats the target's patch a side
-# Where Wan and older Helios files keep what now has another name.
-RENAMED = {"scale_shift_table": "norm_out.scale_shift_table"}
-CONFIG_KEYS = inspect.signature(HeliosTransformer3DModel.__init__).parameters.keys() - {"self"}
+TABLES = 32  # rotary tables kept, one a shape: 11 MB each at full resolution
+Indices = Tensor | Sequence[int]
 
 
-class Attention:
-    """Attention processor: as diffusers' own, with the rotary embedding of `kernels.rope`."""
+class Part(NamedTuple):
+    """Latents [B, C, T, H, W] that one patch layer turns into tokens, and their frames' positions in time."""
 
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: Tensor | None = None,
-        original_context_length: int = 0,
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q_BLNK = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        k_BLNK = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
-        v_BLNK = attn.to_v(context).unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            q_BLNK, k_BLNK = apply_rope(q_BLNK, rotary_emb), apply_rope(k_BLNK, rotary_emb)
-        out = dispatch_attention_fn(q_BLNK, k_BLNK, v_BLNK, attn_mask=attention_mask, backend=self._attention_backend)
-        return attn.to_out[0](out.flatten(2, 3).type_as(q_BLNK))
+    patch: str
+    latents: Tensor
+    indices: tuple[int, ...]
 
 
 class HeliosTransformer(HeliosTransformer3DModel):
-    """diffusers' HeliosTransformer3DModel with the call that objectives and samplers share."""
+    """diffusers' HeliosTransformer3DModel with the calls that objectives, samplers and discriminators share.
+
+    `kernels`: which implementation the row-wise ops run, see `kernels.dispatch`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.config.is_amplify_history:
-            raise InputError("is_amplify_history=true is not supported yet; use a model without it")
+        self.kernels = "auto"
+        self._checkpoint: Callable[..., Tensor] | None = None
+        self._every = 1
+        self._tables: dict[Any, Tensor] = {}
         for block in self.blocks:
+            block.__class__ = Block  # the same parameters, another forward
             for attention in (block.attn1, block.attn2):
                 attention.set_processor(Attention())
 
-    def velocity(self, x_t: Tensor, t: Tensor, text: Tensor, history: History) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, text: Tensor, history: History, offset: tuple[int, int] = (0, 0)) -> Tensor:
         """The velocity at `x_t` [B, C, 9, H, W] and times `t` [B] in [0, 1000], given text [B, rows, dim] and history.
 
-        Shaped like x_t. History enters at time 0. Computed in the model's dtype, returned in fp32.
+        Shaped like x_t. History enters at time 0. `offset`: row and column, in tokens, at which a crop begins. Computed in the
+        model's dtype, returned in fp32.
         """
-        dtype = self.proj_out.weight.dtype
-        indices = [torch.tensor(i, device=x_t.device)[None].expand(len(x_t), -1) for i in FRAME_INDICES]
-        short = torch.cat([history.anchor, history.short], dim=2)
-        output = self(
-            hidden_states=x_t.to(dtype),
-            timestep=t,
-            encoder_hidden_states=text.to(dtype),
-            indices_hidden_states=indices[0],
-            indices_latents_history_short=indices[1],
-            indices_latents_history_mid=indices[2],
-            indices_latents_history_long=indices[3],
-            latents_history_short=short.to(dtype),
-            latents_history_mid=history.mid.to(dtype),
-            latents_history_long=history.long.to(dtype),
-            return_dict=False,
-        )[0]
+        output, _ = self._run(self._parts(x_t, history), t, text.to(self.proj_out.weight.dtype), offset)
+        assert output is not None
         return output.float()
 
-    def checkpoint_blocks(self, context: Callable[[], Any] | None = None) -> None:
-        """Keep only each block's input in the forward and compute the block again in backward.
+    def features(
+        self, x_t: Tensor, t: Tensor, text: Tensor, history: History, blocks: Sequence[int], offset: tuple[int, int] = (0, 0)
+    ) -> list[Tensor]:
+        """The target's tokens [B, L, D] after each of `blocks` (rising), on the way of `velocity`; later blocks do not run."""
+        dtype = self.proj_out.weight.dtype
+        return self._run(self._parts(x_t, history), t, text.to(dtype), offset, tuple(blocks))[1]
+
+    def _parts(self, x_t: Tensor, history: History) -> list[Part]:
+        dtype = self.proj_out.weight.dtype
+        short = torch.cat([history.anchor, history.short], dim=2)
+        return [
+            Part("patch_long", history.long.to(dtype), LONG_INDICES),
+            Part("patch_mid", history.mid.to(dtype), MID_INDICES),
+            Part("patch_short", short.to(dtype), (ANCHOR_INDEX, *SHORT_INDICES)),
+            Part("patch_embedding", x_t.to(dtype), TARGET_INDICES),
+        ]
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        indices_hidden_states: Indices | None = None,
+        indices_latents_history_short: Indices | None = None,
+        indices_latents_history_mid: Indices | None = None,
+        indices_latents_history_long: Indices | None = None,
+        latents_history_short: Tensor | None = None,
+        latents_history_mid: Tensor | None = None,
+        latents_history_long: Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """As diffusers' forward, for its pipelines; frame indices are the same for every sample."""
+        given = (
+            ("patch_long", latents_history_long, indices_latents_history_long),
+            ("patch_mid", latents_history_mid, indices_latents_history_mid),
+            ("patch_short", latents_history_short, indices_latents_history_short),
+        )
+        parts = [Part(name, part, _host(where)) for name, part, where in given if part is not None and where is not None]
+        frames = range(hidden_states.shape[2]) if indices_hidden_states is None else indices_hidden_states
+        parts.append(Part("patch_embedding", hidden_states, _host(frames)))
+        output, _ = self._run(parts, timestep, encoder_hidden_states)
+        assert output is not None
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def _run(
+        self,
+        parts: Sequence[Part],
+        timestep: Tensor,
+        text: Tensor,
+        offset: tuple[int, int] = (0, 0),
+        wanted: tuple[int, ...] = (),
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """(output [B, C, T, H, W], no features), or (None, the target's tokens after the `wanted` blocks)."""
+        embedded = [self._embedded(part) for part in parts]
+        split = sum(tokens.shape[1] for tokens in embedded[:-1])
+        x_BLD = torch.cat(embedded, dim=1)
+        table = self._table(parts, offset, x_BLD.device)
+        time_BD, modulation_BR6D, text_BLD = self._conditions(timestep, text, split)
+        features: list[Tensor] = []
+        for number, block in enumerate(self.blocks[: wanted[-1] + 1 if wanted else None]):
+            recomputed = self._checkpoint is not None and number % self._every == 0 and torch.is_grad_enabled()
+            run = partial(self._checkpoint, block) if self._checkpoint is not None and recomputed else block
+            x_BLD = run(x_BLD, text_BLD, modulation_BR6D, table, split, self.kernels)
+            if number in wanted:
+                features.append(x_BLD[:, split:])
+        if wanted:
+            return None, features
+        return self._unpatched(self._normed_out(x_BLD[:, split:], time_BD), parts[-1].latents.shape), features
+
+    def _embedded(self, part: Part) -> Tensor:
+        """Tokens [B, L, D] of one part; history is padded to whole patches by repeating its last frame, row and column."""
+        patch = getattr(self, part.patch)
+        padded = HISTORY_PATCHES.get(part.patch, 1) > 1
+        latents = pad_for_3d_conv(part.latents, patch.kernel_size) if padded else part.latents
+        return patch(latents).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def _table(self, parts: Sequence[Part], offset: tuple[int, int], device: torch.device) -> Tensor:
+        """Cosines and sines of all tokens, fp32 [L, 2K], computed once a shape."""
+        _, height, width = self.config.patch_size
+        grids = [(part.latents.shape[-2] // height, part.latents.shape[-1] // width) for part in parts]
+        key = (tuple((part.patch, part.indices) for part in parts), tuple(grids), offset, device)
+        if key in self._tables:
+            return self._tables[key]
+        tables = []
+        for part, (rows, columns) in zip(parts, grids, strict=True):
+            indices = torch.tensor(part.indices, device=device)
+            pool = HISTORY_PATCHES.get(part.patch, 1)
+            tables.append(rope_table(indices, rows, columns, self.config.rope_dim, self.config.rope_theta, pool, offset))
+        table = torch.cat(tables)
+        if not isinstance(table, FakeTensor):  # a plan's table has no numbers
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
+            self._tables[key] = table
+        return table
+
+    def _conditions(self, timestep: Tensor, text: Tensor, split: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embedding [B, D], modulation [B, 2, 6, D], text [B, rows, D]."""
+        time_BD, rows_BD, text_BLD = self.condition_embedder(timestep, text)
+        target_B6D = rows_BD.unflatten(-1, (6, -1))
+        history_B6D = target_B6D
+        if split and self.zero_history_timestep:
+            zero = torch.zeros(1, dtype=timestep.dtype, device=timestep.device)
+            _, at_zero, _ = self.condition_embedder(zero, text, is_return_encoder_hidden_states=False)
+            history_B6D = at_zero.unflatten(-1, (6, -1)).expand_as(target_B6D)
+        return time_BD, torch.stack([history_B6D, target_B6D], dim=1), text_BLD
+
+    def _normed_out(self, x_BLD: Tensor, time_BD: Tensor) -> Tensor:
+        """The last norm, modulated by the target's time, and the projection to patches."""
+        rows_B2D = self.norm_out.scale_shift_table + time_BD[:, None]
+        shift, scale = (row[:, None].expand(-1, 2, -1) for row in rows_B2D.unbind(1))
+        normed = modulated_norm(x_BLD, scale, shift, 0, self.norm_out.norm.eps, self.kernels)
+        return self.proj_out(normed)  # type: ignore[no-any-return]
+
+    def _unpatched(self, tokens_BLD: Tensor, shape: torch.Size) -> Tensor:
+        """Tokens, each a patch of C channels last, as latents [B, C, T, H, W]."""
+        patch = self.config.patch_size
+        grid = [side // step for side, step in zip(shape[2:], patch, strict=True)]
+        patches = tokens_BLD.reshape(shape[0], *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def checkpoint_blocks(self, context: Callable[[], Any] | None = None, every: int = 1) -> None:
+        """Keep only the input of every `every`-th block in the forward and compute that block again in backward.
 
         `context` gives the (forward, recompute) context managers of each call, for a caller who must restore what a recompute
         depends on. No random numbers are drawn in a block, so none are preserved.
         """
         extra: dict[str, Any] = {"context_fn": context} if context else {}
-
-        def run(block: Callable[..., Tensor], *inputs: Any) -> Tensor:
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **extra)  # type: ignore[no-any-return]
-
-        self.enable_gradient_checkpointing(gradient_checkpointing_func=run)
+        self._every = every
+        self._checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, **extra)
 
 
-FRAME_INDICES = (TARGET_INDICES, (ANCHOR_INDEX, *SHORT_INDICES), MID_INDICES, LONG_INDICES)
-
-
-def random_transformer(shape: Mapping[str, Any], dtype: torch.dtype, seed: int) -> HeliosTransformer:
-    """A transformer of that shape (keys of diffusers' config) with random weights; its output starts at zero."""
-    with rng.forked(seed, "transformer"):
-        transformer = HeliosTransformer(**shape)
-    for name in HISTORY_PATCHES:
-        start_patch(transformer, name)
-    nn.init.zeros_(transformer.proj_out.weight)
-    nn.init.zeros_(transformer.proj_out.bias)
-    cast(transformer, dtype)
-    return transformer
-
-
-@torch.no_grad()
-def start_patch(transformer: HeliosTransformer3DModel, name: str) -> None:
-    """Starts one history patch from the target's: the kernel tiled over time, rows, columns, divided by the number of tiles."""
-    source, patch = transformer.patch_embedding, getattr(transformer, name)
-    times = HISTORY_PATCHES[name]
-    patch.weight.copy_(source.weight.repeat(1, 1, times, times, times) / times**3)
-    patch.bias.copy_(source.bias)
-
-
-def load_transformer(folder: Path, dtype: torch.dtype) -> HeliosTransformer:
-    """The transformer of a diffusers folder (the pipeline's, or its `transformer/`), in `dtype` on the host.
-
-    Takes Helios folders, older ones with a top-level scale_shift_table, and Wan text-to-video folders, whose missing history
-    patches start from the target's. InputError names a key that is missing, extra or misshapen.
-    """
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    shape = read_shape(folder)
-    try:
-        with torch.device("meta"):
-            transformer = HeliosTransformer(**shape)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:  # a number that is none, or fits no other
-        raise InputError(f"{folder / 'config.json'}: makes no model ({error}); copy or export the folder again") from error
-    weights = {RENAMED.get(name, name): value for name, value in mapped_weights(folder, WEIGHTS)}
-    expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
-    fresh = [name for name in HISTORY_PATCHES if f"{name}.weight" not in weights and f"{name}.bias" not in weights]
-    if len(fresh) != len(HISTORY_PATCHES):  # all are there, or all are new: a folder with some is damaged
-        fresh = []
-    audit({name: size for name, size in expected.items() if name.split(".")[0] not in fresh}, weights, str(folder))
-    for name, value in list(weights.items()):
-        weights[name] = value.to(dtype_of(name, dtype))
-    transformer.load_state_dict(weights, strict=False, assign=True)
-    for name in fresh:
-        getattr(transformer, name).to_empty(device="cpu")
-        start_patch(transformer, name)
-    config = transformer.config
-    transformer.rope = type(transformer.rope)(config.rope_dim, config.rope_theta)  # its buffers are in no file
-    cast(transformer, dtype)
-    return transformer
-
-
-def read_shape(folder: Path) -> dict[str, Any]:
-    """The keys of config.json that make the model; InputError where the folder holds no such model."""
-    path = (folder / "transformer" if (folder / "transformer").is_dir() else folder) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a diffusers folder of a Helios or Wan transformer") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: is no JSON object; give a diffusers folder of a Helios or Wan transformer")
-    known = ("HeliosTransformer3DModel", "HeliosTransformer", "WanTransformer3DModel")
-    if config.get("_class_name") not in known:
-        raise InputError(f"{path}: holds a {config.get('_class_name')}; give a folder of one of {', '.join(known)}")
-    shape = {name: config[name] for name in sorted(CONFIG_KEYS & config.keys())} | {"has_multi_term_memory_patch": True}
-    if config["_class_name"] == "WanTransformer3DModel":
-        width = config.get("attention_head_dim")
-        if not isinstance(width, int):
-            raise InputError(f"{path}: attention_head_dim is {width}, no whole number; copy or export the folder again")
-        shape["rope_dim"] = [
-            width - 4 * (width // 6),
-            2 * (width // 6),
-            2 * (width // 6),
-        ]  # Wan's own split: the rest goes to time
-        images = config.get("image_dim") or config.get("added_kv_proj_dim")
-        if images or config.get("in_channels", 16) != config.get("out_channels", 16):  # 2.2 appends the image to the channels
-            raise InputError(f"{path}: is an image-to-video Wan; Base starts from a text-to-video one")
-    return shape
+def _host(indices: Indices | range) -> tuple[int, ...]:
+    """Frame indices as numbers; of a tensor [1 or B, T] those of the first sample."""
+    if not isinstance(indices, Tensor):
+        return tuple(indices)
+    return tuple((indices[0] if indices.ndim == 2 else indices).tolist())

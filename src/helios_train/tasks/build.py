@@ -25,10 +25,11 @@ from helios_train.history.mix import Mix
 from helios_train.models import adapters, checkpoint, manifest
 from helios_train.models.codecs import Codec, dct_codec, wan_codec
 from helios_train.models.ema import Ema
+from helios_train.models.loading import load_transformer, random_transformer, read_shape
 from helios_train.models.precision import DTYPES
 from helios_train.models.text import HashText, TextEncoder
 from helios_train.models.text import Umt5Text as Umt5Encoder
-from helios_train.models.transformer import HeliosTransformer, load_transformer, random_transformer, read_shape
+from helios_train.models.transformer import HeliosTransformer
 from helios_train.objectives.flow import FlowObjective
 from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings

@@ -17,7 +17,8 @@ from helios_train.conf.schema import Config
 from helios_train.errors import HeliosError, InputError
 from helios_train.history import FRAMES, SECTION, History
 from helios_train.models import adapters, manifest
-from helios_train.models.transformer import HeliosTransformer, load_transformer
+from helios_train.models.loading import load_transformer
+from helios_train.models.transformer import HeliosTransformer
 from helios_train.tasks import build
 
 # Largest relative change of a forward that folding may make: rounding of sums in fp32, of weights in bf16.

@@ -1,0 +1,169 @@
+"""The transformer's own forward: diffusers' output and every gradient, from the same parameters, in every variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HeliosTransformer3DModel
+from torch import Tensor
+
+from helios_train import rng
+from helios_train.history import History
+from helios_train.models.transformer import HeliosTransformer
+
+Inputs = tuple[Tensor, Tensor, Tensor, History]
+Tiny = Callable[..., HeliosTransformer3DModel]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as released": {},
+    "amplified, a head": {"is_amplify_history": True},
+    "amplified, once": {"is_amplify_history": True, "history_scale_mode": "scalar"},
+    "history reads the text": {"guidance_cross_attn": False},
+    "history at time t": {"zero_history_timestep": False},
+    "no norm before the text": {"cross_attn_norm": False},
+    "neither": {"cross_attn_norm": False, "guidance_cross_attn": False},
+}
+
+
+def pair(tiny_transformer: Tiny, **changes: Any) -> tuple[HeliosTransformer3DModel, HeliosTransformer]:
+    """diffusers' model, every parameter random, and ours with the same weights."""
+    theirs = tiny_transformer(**changes)
+    with torch.no_grad():
+        for number, parameter in enumerate(theirs.parameters()):
+            parameter.add_(0.1 * rng.normal(rng.generator(0, "parameter", number), parameter.shape))
+    ours = HeliosTransformer(**{name: value for name, value in theirs.config.items() if not name.startswith("_")})
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def arguments(inputs: Inputs, with_history: bool = True) -> dict[str, Any]:
+    """Of diffusers' forward, as its pipeline gives them."""
+    x_t, t, text, history = inputs
+    first, long, mid, short, target = torch.arange(29)[None].split([1, 16, 2, 1, 9], dim=1)
+    given: dict[str, Any] = {"hidden_states": x_t, "timestep": t, "encoder_hidden_states": text, "indices_hidden_states": target}
+    if with_history:
+        given |= {
+            "indices_latents_history_short": torch.cat([first, short], dim=1),
+            "indices_latents_history_mid": mid,
+            "indices_latents_history_long": long,
+            "latents_history_short": torch.cat([history.anchor, history.short], dim=2),
+            "latents_history_mid": history.mid,
+            "latents_history_long": history.long,
+        }
+    return given
+
+
+def gradients(model: HeliosTransformer3DModel, output: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    (output * weight).sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Each to 1e-5 of its norm, or of a thousandth of all of them where it is as small as that.
+
+    The factor of history keys is left to a test of its own: its gradient is one sum of terms that nearly cancel.
+    """
+    assert ours.keys() == theirs.keys()
+    floor = 1e-3 * torch.stack([value.norm() for value in theirs.values()]).norm()
+    for name, expected in theirs.items():
+        if name.endswith("history_key_scale"):
+            continue
+        assert (ours[name] - expected).norm() <= 1e-5 * torch.maximum(expected.norm(), floor), name
+
+
+@pytest.mark.parametrize("checkpointing", [0, 1, 2])
+@pytest.mark.parametrize("with_history", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_and_every_gradient(
+    tiny_transformer: Tiny, inputs: Inputs, variant: str, with_history: bool, checkpointing: int
+) -> None:
+    theirs, ours = pair(tiny_transformer, **VARIANTS[variant])
+    x_t = inputs[0].clone().requires_grad_()
+    given = arguments((x_t, *inputs[1:]), with_history)
+    weight = rng.normal(rng.generator(0, "weight"), x_t.shape)
+    expected = theirs(**given, return_dict=False)[0]
+    wanted = gradients(theirs, expected, weight) | {"x_t": x_t.grad.clone()}  # type: ignore[union-attr]
+    x_t.grad = None
+    if checkpointing:
+        ours.train()
+        ours.checkpoint_blocks(every=checkpointing)
+    output = ours(**given, return_dict=False)[0]
+    assert (output - expected).norm() <= 1e-5 * expected.norm()
+    assert_same(gradients(ours, output, weight) | {"x_t": x_t.grad}, wanted)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("variant", ["amplified, a head", "amplified, once"])
+def test_the_factor_of_history_keys_is_as_near_to_exact_as_diffusers(
+    tiny_transformer: Tiny, inputs: Inputs, variant: str
+) -> None:
+    theirs, ours = pair(tiny_transformer, **VARIANTS[variant])
+    _, exact = pair(tiny_transformer, **VARIANTS[variant])
+    exact.double()
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in arguments(inputs).items()}
+    weight = rng.normal(rng.generator(0, "weight"), inputs[0].shape)
+    found = []
+    for model, given in ((theirs, arguments(inputs)), (ours, arguments(inputs)), (exact, wide)):
+        all_of_it = gradients(model, model(**given, return_dict=False)[0], weight.to(given["hidden_states"].dtype))
+        found.append(torch.cat([all_of_it[f"blocks.{block}.attn1.history_key_scale"] for block in (0, 1)]))
+    far = [float((one - found[2]).norm() / found[2].norm()) for one in found[:2]]
+    assert far[1] <= max(3 * far[0], 1e-5), far
+
+
+@torch.no_grad()
+def test_features_are_what_the_blocks_pass_on(tiny_transformer: Tiny, inputs: Inputs) -> None:
+    _, ours = pair(tiny_transformer, num_layers=4)
+    passed: list[Tensor] = []
+    hooks = [block.register_forward_hook(lambda module, given, output: passed.append(output)) for block in ours.blocks]
+    ours.velocity(*inputs)
+    every = list(passed)
+    passed.clear()
+    found = ours.features(*inputs, blocks=[0, 2])
+    assert len(passed) == 3  # the last block did not run
+    for hook in hooks:
+        hook.remove()
+    tokens = inputs[0][0, 0].numel() // 4
+    for feature, number in zip(found, (0, 2), strict=True):
+        assert feature.shape == (len(inputs[0]), tokens, 24) and torch.equal(feature, every[number][:, -tokens:])
+
+
+def test_gradients_of_features(tiny_transformer: Tiny, inputs: Inputs) -> None:
+    theirs, ours = pair(tiny_transformer, num_layers=3)
+    kept: list[Tensor] = []
+    theirs.blocks[1].register_forward_hook(lambda module, given, output: kept.append(output))
+    theirs(**arguments(inputs), return_dict=False)
+    tokens = inputs[0][0, 0].numel() // 4
+    weight = rng.normal(rng.generator(0, "weight"), (len(inputs[0]), tokens, 24))
+    wanted = gradients(theirs, kept[0][:, -tokens:], weight)
+    assert_same(gradients(ours, ours.features(*inputs, blocks=[1])[0], weight), wanted)
+
+
+@torch.no_grad()
+def test_the_offset_of_a_crop(tiny_transformer: Tiny, inputs: Inputs) -> None:
+    """Relative positions stay: with keys and queries moved alike nothing changes; the table itself does."""
+    _, ours = pair(tiny_transformer)
+    plain, moved = ours.velocity(*inputs), ours.velocity(*inputs, offset=(3, 5))
+    torch.testing.assert_close(moved, plain, rtol=1e-3, atol=1e-4)
+    one, other = list(ours._tables.values())
+    assert one.shape == other.shape and not torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_a_table_is_computed_once_a_shape(tiny_transformer: Tiny, inputs: Inputs) -> None:
+    _, ours = pair(tiny_transformer)
+    ours.velocity(*inputs)
+    ours(**arguments(inputs))  # the pipeline's way to the same positions
+    assert len(ours._tables) == 1
+    (table,) = ours._tables.values()
+    assert table.dtype == torch.float32 and "_tables" not in ours.state_dict()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernels", ["reference", "compile"])
+def test_every_implementation_says_the_same(tiny_transformer: Tiny, inputs: Inputs, kernels: str) -> None:
+    _, ours = pair(tiny_transformer)
+    expected = ours.velocity(*inputs)
+    ours.kernels = kernels
+    torch.testing.assert_close(ours.velocity(*inputs), expected, rtol=1e-5, atol=1e-6)
