@@ -64,13 +64,13 @@ def test_windows_of_a_long_clip(long_clip: Dataset) -> None:
 
 def test_only_the_sections_of_the_window_are_read(long_clip: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, int]] = []
-    whole = ClipStore.sections
+    whole = ClipStore.view
 
-    def sections(self: ClipStore, sample: int, first: int, last: int) -> torch.Tensor:
+    def view(self: ClipStore, sample: int, first: int, last: int) -> torch.Tensor:
         asked.append((sample, first, last))
         return whole(self, sample, first, last)
 
-    monkeypatch.setattr(ClipStore, "sections", sections)
+    monkeypatch.setattr(ClipStore, "view", view)
     for section in (0, 3, 5):
         opened(long_clip).piece(Ref(0, 0, 0, 0), section)
     assert asked == [(0, 0, 1), (0, 0, 4), (0, 2, 6), (0, 0, 1)]  # the last for the anchor

@@ -176,7 +176,8 @@ def test_nothing_is_open_before_it_is_needed(dataset: Dataset) -> None:
 def _read_in_child(store: ClipStore, queue: multiprocessing.Queue) -> None:
     inherited = dict(store._files)
     got = store.sections(5, 1, 3).float().sum().item()
-    queue.put((got, bool(inherited), set(inherited.values()) & set(store._files.values())))
+    files = [{shard.file for shard in shards.values()} for shards in (inherited, store._files)]
+    queue.put((got, bool(inherited), files[0] & files[1]))
 
 
 def test_a_forked_process_opens_its_own(dataset: Dataset) -> None:

@@ -29,8 +29,8 @@ class WindowDataset(Dataset[Piece]):
     def piece(self, ref: Ref, section: int, dropped: bool = False) -> Piece:
         """The window of a chosen section; `dropped` gives it the null text. bf16, as stored."""
         where = windows.span(section, self.store.section_count(ref.sample))
-        latents = self.store.sections(ref.sample, where.first, section + 1)
-        first = latents if where.first == 0 else self.store.sections(ref.sample, 0, 1)
+        latents = self.store.view(ref.sample, where.first, section + 1)
+        first = latents if where.first == 0 else self.store.view(ref.sample, 0, 1)
         target, frames, anchor = windows.cut(latents, first[0, :, 0], where)
         return Piece(target, frames, anchor, self.text(ref.sample, dropped), ref, section, where.count, where.anchored)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -36,6 +37,7 @@ from helios_train.data.format import (
 from helios_train.errors import InputError
 
 OPEN_FILES = 128  # shards kept open at once in a process
+AHEAD = 2**17  # bytes the kernel fetches ahead when it is told to, by default; left alone it fetches by the page
 REMEDY = "copy the shard and its index again from their source, or run task=prepare again"
 
 
@@ -48,6 +50,14 @@ class StoreBucket:
     width: int
     shard_sizes: tuple[int, ...]
     first_ids: tuple[int, ...]
+
+
+class _Open(NamedTuple):
+    """A shard in use: its descriptor, and its bytes as they are mapped."""
+
+    file: int
+    mapping: mmap.mmap
+    data: NDArray[np.uint8]
 
 
 class ClipStore:
@@ -86,6 +96,10 @@ class ClipStore:
 
     def sections(self, sample: int, first: int, last: int) -> torch.Tensor:
         """Normalised latents of sections first..last-1 as bf16 [last - first, 16, 9, h, w]; only their bytes are read."""
+        return self.view(sample, first, last).clone()
+
+    def view(self, sample: int, first: int, last: int) -> torch.Tensor:
+        """The same without a copy, for who only looks: writing to it would spoil what is read later."""
         number, row = self._locate(sample)
         bucket, index = self._bucket(number), self._index(number)
         if not 0 <= first < last <= bucket.sections:
@@ -99,7 +113,7 @@ class ClipStore:
         return torch.from_numpy(data).view(torch.bfloat16).view(last - first, *bucket.section_shape)
 
     def text(self, sample: int) -> torch.Tensor:
-        """The caption's rows as bf16 [L, dim], unpadded; L is 0 for an empty caption."""
+        """The caption's rows as bf16 [L, dim], unpadded, only to look at as `view`; L is 0 for an empty caption."""
         data = self._member(sample, TEXT)
         # Read in place; the library would copy it twice.
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -158,34 +172,39 @@ class ClipStore:
             raise InputError(f"{self._name(number, row)}: {what} is damaged (crc32 differs from the index); {REMEDY}")
 
     def _read(self, number: int, row: int, start: int, size: int) -> NDArray[np.uint8]:
-        """`size` bytes of a shard from `start`, in a buffer that torch may own."""
-        data = np.empty(size, dtype=np.uint8)
-        got = os.preadv(self._file(number), [data.data], start)
-        if got != size:
+        """`size` bytes of a shard from `start`, where they lie in the page cache."""
+        shard = self._open(number)
+        there = os.fstat(shard.file).st_size  # what is mapped and no longer there would end the process
+        if start + size > there:
+            got = max(0, there - start)
             raise InputError(f"{self._name(number, row)}: the shard ends early, {got} of {size} bytes; {REMEDY}")
-        return data
+        if hasattr(os, "posix_fadvise"):
+            for ahead in range(start, start + size, AHEAD):
+                os.posix_fadvise(shard.file, ahead, AHEAD, os.POSIX_FADV_WILLNEED)
+        return shard.data[start : start + size]
 
-    def _file(self, number: int) -> int:
-        """The descriptor of a shard, opened by this process."""
+    def _open(self, number: int) -> _Open:
+        """A shard, mapped by this process."""
         if self._process != os.getpid():
             self._forget()
         if number in self._files:
             self._files.move_to_end(number)
             return self._files[number]
-        shard = self._shard(number)
-        path = self.root / shard.url
+        info = self._shard(number)
+        path = self.root / info.url
         try:
             file = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         except OSError as error:
             raise InputError(f"{path}: cannot be opened ({error.strerror}); {REMEDY}") from error
-        self._files[number] = file
         size = os.fstat(file).st_size
-        if size != shard.nbytes:
-            os.close(self._files.pop(number))
-            raise InputError(f"{path}: {size} bytes, but {MANIFEST} lists {shard.nbytes}; {REMEDY}")
+        if size != info.nbytes:
+            os.close(file)
+            raise InputError(f"{path}: {size} bytes, but {MANIFEST} lists {info.nbytes}; {REMEDY}")
+        mapping = mmap.mmap(file, size, access=mmap.ACCESS_COPY)  # a copy only where somebody writes, which nobody does
+        self._files[number] = _Open(file, mapping, np.frombuffer(mapping, dtype=np.uint8))
         if len(self._files) > OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return file
+            os.close(self._files.popitem(last=False)[1].file)  # the mapping goes with the last view of it
+        return self._files[number]
 
     def _index(self, number: int) -> dict[str, NDArray[Any]]:
         """The shard's index, read and verified at first use; about 70 bytes a clip and 4 a section are kept."""
@@ -207,14 +226,14 @@ class ClipStore:
 
     def _forget(self) -> None:
         """Start with nothing open. A forked child leaves its parent's descriptors alone and opens its own."""
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, _Open] = OrderedDict()
         self._process = os.getpid()
 
     def close(self) -> None:
         """Close the shards this process opened; the next read opens them again."""
         if self._process == os.getpid():
-            for file in self._files.values():
-                os.close(file)
+            for shard in self._files.values():
+                os.close(shard.file)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
