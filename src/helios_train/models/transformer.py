@@ -19,7 +19,6 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_helios import pad_for_3d_conv
 from diffusers.utils import apply_lora_scale
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from helios_train.history import ANCHOR_INDEX, LONG_INDICES, MID_INDICES, SHORT_INDICES, TARGET_INDICES, History
@@ -125,7 +124,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         embedded = [self._embedded(part) for part in parts]
         split = sum(tokens.shape[1] for tokens in embedded[:-1])
         x_BLD = torch.cat(embedded, dim=1)
-        table = self._table(parts, offset, x_BLD.device)
+        table = self._table(parts, offset, x_BLD)
         time_BD, modulation_BR6D, text_BLD = self._conditions(timestep, text, split)
         features: list[Tensor] = []
         for number, block in enumerate(self.blocks[: wanted[-1] + 1 if wanted else None]):
@@ -145,24 +144,23 @@ class HeliosTransformer(HeliosTransformer3DModel):
         latents = pad_for_3d_conv(part.latents, patch.kernel_size) if padded else part.latents
         return patch(latents).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
-    def _table(self, parts: Sequence[Part], offset: tuple[int, int], device: torch.device) -> Tensor:
-        """Cosines and sines of all tokens, fp32 [L, 2K], computed once a shape."""
+    def _table(self, parts: Sequence[Part], offset: tuple[int, int], x_BLD: Tensor) -> Tensor:
+        """Cosines and sines of all tokens, fp32 [L, 2K], computed once a shape; a plan's tensors have tables of their own."""
         _, height, width = self.config.patch_size
         grids = [(part.latents.shape[-2] // height, part.latents.shape[-1] // width) for part in parts]
-        key = (tuple((part.patch, part.indices) for part in parts), tuple(grids), offset, device)
+        places = tuple((part.patch, part.indices) for part in parts)
+        key = (places, tuple(grids), offset, x_BLD.device, getattr(x_BLD, "fake_mode", None))
         if key in self._tables:
             return self._tables[key]
         tables = []
         for part, (rows, columns) in zip(parts, grids, strict=True):
-            indices = torch.tensor(part.indices, device=device)
+            indices = torch.tensor(part.indices, device=x_BLD.device)
             pool = HISTORY_PATCHES.get(part.patch, 1)
             tables.append(rope_table(indices, rows, columns, self.config.rope_dim, self.config.rope_theta, pool, offset))
-        table = torch.cat(tables)
-        if not isinstance(table, FakeTensor):  # a plan's table has no numbers
-            if len(self._tables) >= TABLES:
-                self._tables.clear()
-            self._tables[key] = table
-        return table
+        if len(self._tables) >= TABLES:
+            self._tables.clear()
+        self._tables[key] = torch.cat(tables)
+        return self._tables[key]
 
     def _conditions(self, timestep: Tensor, text: Tensor, split: int) -> tuple[Tensor, Tensor, Tensor]:
         """Time embedding [B, D], modulation [B, 2, 6, D], text [B, rows, D]."""
