@@ -137,8 +137,11 @@ def killed(shards: Path, environment: dict[str, str], tmp_path_factory: pytest.T
     process = subprocess.Popen(words, env=environment, start_new_session=True, **silent)  # type: ignore[call-overload]
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if files(run) and last_step(files(run)[0]) > EVERY + 2:
-            break
+        if files(run) and last_step(files(run)[0]) > EVERY:
+            os.killpg(process.pid, signal.SIGSTOP)  # W&B's writer lags: what is seen must still be so at the kill
+            if last_step(files(run)[0]) > newest(run):
+                break
+            os.killpg(process.pid, signal.SIGCONT)
         time.sleep(0.02)
     assert process.poll() is None, "the run ended on its own"
     os.killpg(process.pid, signal.SIGKILL)
