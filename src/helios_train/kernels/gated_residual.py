@@ -323,7 +323,10 @@ class _GatedResidual(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.split, ctx.short_y, ctx.affine, ctx.triton = split, y.shape[1] < x.shape[1], affine, triton
         kept = (None,) * 4 if scale is None else (new, mean, rstd, scale)
-        ctx.save_for_backward(*kept, gate, y if gate is not None and ctx.needs_input_grad[2] else None)
+        # A gate without a gradient is kept as it is, not "saved": saved last, it would make a checkpoint recompute all before it.
+        wants_gate = ctx.needs_input_grad[2]
+        ctx.gate = None if wants_gate else gate
+        ctx.save_for_backward(*kept, *((gate, y) if wants_gate else (None, None)))
         return new if scale is None else (new, n)
 
     @staticmethod
@@ -333,6 +336,7 @@ class _GatedResidual(torch.autograd.Function):
         if dnew is None and dn is None:
             return (None,) * 9
         saved: list[Tensor | None] = list(ctx.saved_tensors)
+        saved[4] = ctx.gate if saved[4] is None else saved[4]
         if dn is None:  # the norm led nowhere
             saved[:4] = [None] * 4
         wants_x, wants_y, wants_gate, wants_scale, wants_shift = ctx.needs_input_grad[:5]

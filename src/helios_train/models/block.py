@@ -19,6 +19,8 @@ from helios_train.kernels.layer_norm import layer_norm
 from helios_train.kernels.modulated_norm import modulated_norm
 from helios_train.kernels.qk_norm_rope import qk_norm_rope
 
+ROWS = 4096  # tokens in a piece of the feed-forward: whole waves of a GPU's matrix products
+
 
 class Attention:
     """Attention processor: diffusers' dispatch; norm and rotary embedding of queries and of keys are one op each."""
@@ -64,13 +66,28 @@ class Block(HeliosTransformerBlock):
         """x after the block, [B, L, D]; `text` [B, rows, D]; `modulation` [B, 2, 6, D]; `table` of `kernels.rope`."""
         rows = (self.scale_shift_table[:, None] + modulation_BR6D.float()).unbind(2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
+        # No name for what attention gives: it would stay alive to the end of the block.
         normed = modulated_norm(x_BLD, scale, shift, split, self.norm1.eps, kernels)
-        attended = self.attn1.processor(self.attn1, normed, None, table, split, kernels)
-        x_BLD, normed = self._before_text(x_BLD, attended, gate, split, kernels)
-        read = self.attn2.processor(self.attn2, normed, text_BLD, kernels=kernels)
-        x_BLD, normed = gated_residual_modulated_norm(x_BLD, read, None, ffn_scale, ffn_shift, split, self.norm3.eps, kernels)
-        hidden = gelu_tanh(self.ffn.net[0].proj(normed), kernels)
-        return gated_residual(x_BLD, self.ffn.net[2](hidden), ffn_gate, split, kernels)
+        x_BLD, normed = self._before_text(
+            x_BLD, self.attn1.processor(self.attn1, normed, None, table, split, kernels), gate, split, kernels
+        )
+        x_BLD, normed = gated_residual_modulated_norm(
+            x_BLD,
+            self.attn2.processor(self.attn2, normed, text_BLD, kernels=kernels),
+            None,
+            ffn_scale,
+            ffn_shift,
+            split,
+            self.norm3.eps,
+            kernels,
+        )
+        return gated_residual(x_BLD, self._feed_forward(normed, kernels), ffn_gate, split, kernels)
+
+    def _feed_forward(self, normed_BLD: Tensor, kernels: str) -> Tensor:
+        """Piece by piece: in backward the hidden gradients of one piece are alive at a time, not those of all tokens."""
+        widen, narrow = self.ffn.net[0].proj, self.ffn.net[2]
+        pieces = [narrow(gelu_tanh(widen(piece), kernels)) for piece in normed_BLD.flatten(0, 1).split(ROWS)]
+        return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view_as(normed_BLD)
 
     def _before_text(self, x_BLD: Tensor, attended: Tensor, gate: Tensor, split: int, kernels: str) -> tuple[Tensor, Tensor]:
         """x after self-attention, and what of it reads the text, normed: the target, or all without guidance_cross_attn."""
