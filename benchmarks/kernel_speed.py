@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_helios import apply_rotary_emb_transposed
 from rich.console import Console
 from rich.table import Table
+from timing import by_turns, machine
 from torch import Tensor
 
 from helios_train.kernels.gated_residual import gated_residual, gated_residual_layer_norm, gated_residual_modulated_norm
@@ -216,31 +214,6 @@ def _forward(run: Callable[..., Any], inputs: list[Tensor], upstream: list[Tenso
         run(*inputs)
 
 
-def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
-    """One run of `work`, on the device's own clock where it has one."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    work()
-    return (time.perf_counter() - begin) * 1e3
-
-
-def by_turns(works: dict[str, Callable[[], Any]], turns: int, device: torch.device) -> dict[str, float]:
-    """Medians in ms of each, one run of every one a turn; the first turn does not count."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(turns + 1):
-        for name, work in works.items():
-            took = milliseconds(work, device)
-            if turn:
-                times[name].append(took)
-    return {name: statistics.median(took) for name, took in times.items()}
-
-
 def bandwidth(unit: Tensor, turns: int) -> float:
     """Bytes a ms of a copy of such a tensor, read and write counted."""
     target = torch.empty_like(unit)
@@ -282,15 +255,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "kernel_speed.json")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     sizes = {}
     for size in CUDA if device.type == "cuda" else CPU:
         if arguments.tokens:
             size = size._replace(length=arguments.tokens, split=arguments.tokens * size.split // size.length)
         sizes[size.name] = measure(size, device, arguments.turns, arguments.ops)
         show(size.name, sizes[size.name])
-    result = {"machine": machine, "torch": torch.__version__, "turns": arguments.turns, "sizes": sizes}
+    result = {"machine": machine(device), "torch": torch.__version__, "turns": arguments.turns, "sizes": sizes}
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -102,6 +102,10 @@ def test_two_mistakes_name_the_first_key() -> None:
     assert "optimizer.lrr" in refusal("optimizer.lrr=1", "optimizer.epss=1")
 
 
+def test_keys_that_exclude_one_another() -> None:
+    assert "model.kernels=reference: torch.compile cannot trace" in refusal("model.kernels=reference", "model.compile=true")
+
+
 def test_a_needed_input_is_asked_for() -> None:
     assert "prepare.source=null" in refusal("task=prepare", "data=folder")
 

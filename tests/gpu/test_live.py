@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from helios_train.history import FRAMES, SECTION, History
 from helios_train.memory.live import LiveCounter
 from helios_train.memory.places import DEVICE, HOST, Places, materialise
+from helios_train.models.loading import fill_buffers
 from helios_train.models.precision import cast
 from helios_train.models.transformer import HeliosTransformer
 
@@ -55,10 +56,6 @@ def test_an_mlp(checkpointed: bool) -> None:
 def test_the_transformer_real_and_fake() -> None:
     """Full width and size, a few blocks: CUDA's allocator, the count on the GPU, and the plan on fake CPU tensors."""
 
-    def rope(transformer: nn.Module) -> None:
-        assert isinstance(transformer, HeliosTransformer)
-        transformer.rope = type(transformer.rope)(transformer.config.rope_dim, transformer.config.rope_theta)
-
     def build() -> nn.Module:
         transformer = HeliosTransformer(num_layers=4)
         cast(transformer, torch.bfloat16)
@@ -73,7 +70,7 @@ def test_the_transformer_real_and_fake() -> None:
     peaks = []
     for device in ("cuda", "cpu"):
         with FakeTensorMode(allow_non_fake_inputs=True) if device == "cpu" else torch.device("cuda"):
-            transformer = materialise(build, device == "cpu", rope, device)
+            transformer = materialise(build, device == "cpu", fill_buffers, device)
             assert isinstance(transformer, HeliosTransformer)
             for weight in transformer.parameters():
                 nn.init.normal_(weight, std=0.02)

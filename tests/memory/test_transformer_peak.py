@@ -16,7 +16,7 @@ from helios_train.memory.ledger import Report
 from helios_train.memory.live import LiveCounter
 from helios_train.memory.places import DEVICE, HOST, materialise
 from helios_train.models.adapters import Lora, add_lora, trainable
-from helios_train.models.loading import random_transformer
+from helios_train.models.loading import fill_buffers, random_transformer
 from helios_train.models.precision import Masters, cast
 from helios_train.models.transformer import HeliosTransformer
 
@@ -29,12 +29,6 @@ TINY: dict[str, Any] = {
     "num_layers": 2,
     "rope_dim": (4, 4, 4),
 }
-
-
-def rope(transformer: nn.Module) -> None:
-    """Its buffers are in no state dict."""
-    assert isinstance(transformer, HeliosTransformer)
-    transformer.rope = type(transformer.rope)(transformer.config.rope_dim, transformer.config.rope_theta)
 
 
 def tiny_step(fake: bool, dtype: torch.dtype, lora: bool, checkpointed: bool) -> Report:
@@ -50,7 +44,7 @@ def tiny_step(fake: bool, dtype: torch.dtype, lora: bool, checkpointed: bool) ->
         return transformer
 
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        transformer = materialise(build, fake, rope)
+        transformer = materialise(build, fake, fill_buffers)
         assert isinstance(transformer, HeliosTransformer)
         for weight in [] if fake else transformer.parameters():
             nn.init.normal_(weight, std=0.02)
@@ -82,17 +76,18 @@ def test_checkpointing_needs_less() -> None:
 
 
 def full_size(blocks: int) -> tuple[int, int, int]:
-    """Bytes of the weights and of the peak above them, and FLOPs, of one sample at 384 x 640."""
+    """Bytes of the weights and of the peak above them, and FLOPs, of one sample at 384 x 640, with the ops of a GPU."""
 
     def build() -> nn.Module:
         transformer = HeliosTransformer(num_layers=blocks)
         cast(transformer, torch.bfloat16)
         transformer.requires_grad_(False).train()
+        transformer.compute_with("triton")
         transformer.checkpoint_blocks()
         return transformer
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        transformer = materialise(build, True, rope)
+        transformer = materialise(build, True, fill_buffers)
         assert isinstance(transformer, HeliosTransformer)
         counter = LiveCounter(granularity=512)
         weights = counter.claim(transformer, "base")
@@ -119,9 +114,10 @@ def test_the_14b_transformer() -> None:
     weights, peak, flops = extended(two, four)
     print(f"14b: weights {weights / GIB:.2f} GiB, peak above them {peak / GIB:.2f} GiB, {flops / 1e15:.3f} PFLOP")
     assert weights / GIB == pytest.approx(26.71, abs=0.01)  # 26.66 were they all bf16
-    assert 5.5 < peak / GIB < 9.9  # block inputs alone are 4.21
+    assert 4.21 < peak / GIB <= 6.2  # block inputs alone are 4.21; diffusers' module takes 9.7
     assert (four[1] - two[1]) / 2 == pytest.approx(11040 * 5120 * 2, rel=0.01)  # what a block more holds: its input
-    assert flops / 1e15 == pytest.approx(1.23, rel=0.01)  # forward 0.359, again, and the gradients of the activations
+    # Forward 0.359, again but for the last block and the last piece of each feed-forward, and the gradients of the activations.
+    assert flops / 1e15 == pytest.approx(1.207, rel=0.003)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helios_train import rng
 from helios_train.history import History
+from helios_train.models import block
 from helios_train.models.transformer import HeliosTransformer
 
 Inputs = tuple[Tensor, Tensor, Tensor, History]
@@ -89,10 +90,34 @@ def test_output_and_every_gradient(
     x_t.grad = None
     if checkpointing:
         ours.train()
-        ours.checkpoint_blocks(every=checkpointing)
+        ours.checkpoint_blocks(every=checkpointing, spare_last=False)
     output = ours(**given, return_dict=False)[0]
     assert (output - expected).norm() <= 1e-5 * expected.norm()
     assert_same(gradients(ours, output, weight) | {"x_t": x_t.grad}, wanted)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [7, 4096])
+def test_a_feed_forward_in_pieces(
+    tiny_transformer: Tiny, inputs: Inputs, monkeypatch: pytest.MonkeyPatch, rows: int, frozen: bool
+) -> None:
+    """The same gradients; the recompute of a frozen block in one piece ends before its last product."""
+    theirs, ours = pair(tiny_transformer)
+    x_t = inputs[0].clone().requires_grad_()
+    given, weight = arguments((x_t, *inputs[1:])), rng.normal(rng.generator(0, "weight"), x_t.shape)
+    found = []
+    monkeypatch.setattr(block, "ROWS", rows)
+    ended: list[int] = []
+    ours.checkpoint_blocks(spare_last=False)
+    for layer in ours.blocks:
+        layer.ffn.net[2].register_forward_hook(lambda *_: ended.append(1))
+    for model in (theirs, ours):
+        model.requires_grad_(not frozen)
+        found.append(gradients(model, model(**given, return_dict=False)[0], weight) | {"x_t": x_t.grad.clone()})  # type: ignore[union-attr]
+        x_t.grad = None
+    assert_same(found[1], found[0])
+    if rows == 4096:
+        assert len(ended) == len(ours.blocks) * (1 if frozen else 2)
 
 
 @pytest.mark.parametrize("variant", ["amplified, a head", "amplified, once"])

@@ -80,6 +80,8 @@ def _sum_to_one(key: str, shares: dict[str, float]) -> Iterator[str]:
 
 
 def _model(model: Model) -> Iterator[str]:
+    if model.compile and model.kernels == "reference":
+        yield "model.compile=true and model.kernels=reference: torch.compile cannot trace the reference; set model.kernels=auto"
     if sum(model.rope_dim) != model.head_dim:
         written = " + ".join(str(dim) for dim in model.rope_dim)
         yield f"model.rope_dim: must sum to model.head_dim={model.head_dim}; {written} = {sum(model.rope_dim)}"

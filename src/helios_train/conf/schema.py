@@ -176,6 +176,9 @@ class Model:
     ]
     rope_theta: Above0
     dtype: Literal["fp32", "bf16"]
+    kernels: Literal["auto", "reference", "triton", "compile"]
+    attention: Literal["sdpa", "cudnn", "flash", "flash3", "sage"]
+    compile: bool
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,7 @@ class PlainMemory:
 
     name: Literal["plain"]
     checkpointing: bool
+    checkpoint_every: Positive
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-import torch
 
 from helios_train import rng
 
@@ -104,4 +104,5 @@ class NoiseLevels:
 
 
 def _normal_quantile(quantile: np.ndarray) -> np.ndarray:
-    return torch.special.ndtri(torch.from_numpy(np.clip(quantile, 1e-9, 1 - 1e-9))).numpy()
+    clipped = np.clip(quantile, 1e-9, 1 - 1e-9)
+    return np.array([NormalDist().inv_cdf(float(one)) for one in clipped])

@@ -29,11 +29,13 @@ NARROW = (torch.bfloat16, torch.float16, torch.float32)  # what Triton's fp32 ar
 def choose(kernels: str, x: Tensor) -> str:
     """`reference`, `triton` or `compile` for an op on `x`.
 
-    `auto` keeps fp64 on the reference: Triton's arithmetic is fp32. InputError for an unknown name, for Triton where it is
-    not installed or on fp64.
+    `auto` keeps fp64 from Triton, whose arithmetic is fp32, and gives torch.compile the formula: it cannot trace the reference.
+    InputError for an unknown name, for Triton where it is not installed or on fp64.
     """
     if kernels == "auto":
-        return "triton" if x.is_cuda and triton is not None and x.dtype in NARROW else "reference"
+        if x.is_cuda and triton is not None and x.dtype in NARROW:
+            return "triton"
+        return "compile" if torch.compiler.is_compiling() else "reference"
     if kernels not in CHOICES:
         raise InputError(f"kernels={kernels!r} is none of {', '.join(CHOICES)}")
     if kernels == "triton" and triton is None:
@@ -41,6 +43,12 @@ def choose(kernels: str, x: Tensor) -> str:
     if kernels == "triton" and x.dtype not in NARROW:
         raise InputError(f"kernels=triton computes in fp32, not {x.dtype}; set kernels=reference")
     return kernels
+
+
+def check_kernels(kernels: str, device: torch.device) -> None:
+    """InputError where Triton is asked for and cannot run on `device`."""
+    if kernels == "triton" and device.type != "cuda" and not (triton and triton.knobs.runtime.interpret):
+        raise InputError(f"kernels=triton runs on a GPU, not on {device.type}; set kernels=auto or reference")
 
 
 def wide(x: Tensor) -> Tensor:

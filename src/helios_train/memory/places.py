@@ -1,4 +1,5 @@
-"""Device or host: where a tensor's bytes stand, and the only code that moves them.
+"""Device or host: where a tensor's bytes stand, and the only code that moves weights, their averages and what a step keeps.
+(A window and its draws come to the device by a plain `to`.)
 
 With CUDA a place is a device: the GPU, or pinned memory of the host. On a CPU (a plan on fake tensors, a laptop) both are CPU
 memory, and the place is a label beside the storage; moving still makes a new storage, so that the two count alike. The label is
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -87,6 +89,11 @@ class Places:
             for holder, name, attached in list(_attached(tensor)):
                 setattr(holder, name, self.put(attached, place))
             tensor.grad = gradient if gradient is None else self.put(gradient, place)
+
+
+def read(scalar: Tensor, planned: float) -> float:
+    """The value of a scalar tensor, which waits for the device; a plan's tensors have none: there it is `planned`."""
+    return planned if isinstance(scalar, FakeTensor) else float(scalar)
 
 
 def label(storage: torch.UntypedStorage, place: Place) -> None:

@@ -1,15 +1,12 @@
 """A block of the transformer: diffusers' parameters under a forward in which the modulation stays two rows a sample.
 
-Axis letters: B batch, L tokens, D width, N heads, K head width, R rows of the modulation: 0 for the history (time 0),
-1 for the target's (time t). Tokens before `split` are the history's.
+Axis letters: B batch, L tokens, D width, R rows of the modulation: 0 for the history (time 0), 1 for the target (time t).
+Tokens before `split` are the history's.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
 from torch import Tensor
 
@@ -17,44 +14,8 @@ from helios_train.kernels.gated_residual import gated_residual, gated_residual_l
 from helios_train.kernels.gelu import gelu_tanh
 from helios_train.kernels.layer_norm import layer_norm
 from helios_train.kernels.modulated_norm import modulated_norm
-from helios_train.kernels.qk_norm_rope import qk_norm_rope
 
 ROWS = 4096  # tokens in a piece of the feed-forward: whole waves of a GPU's matrix products
-
-
-class Attention:
-    """Attention processor: diffusers' dispatch; norm and rotary embedding of queries and of keys are one op each."""
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __call__(
-        self,
-        attn: Any,
-        x_BLD: Tensor,
-        context_BLD: Tensor | None = None,
-        table: Tensor | None = None,
-        split: int = 0,
-        kernels: str = "auto",
-    ) -> Tensor:
-        """Of x to `context` (None: to itself), turned by the rotary `table` where there is one; like x."""
-        context = x_BLD if context_BLD is None else context_BLD
-        q_BLNK = qk_norm_rope(attn.to_q(x_BLD), attn.norm_q.weight, attn.heads, table, 0, attn.norm_q.eps, kernels)
-        key_weight = _amplified(attn) if attn.is_amplify_history and split else attn.norm_k.weight
-        k_BLNK = qk_norm_rope(attn.to_k(context), key_weight, attn.heads, table, split, attn.norm_k.eps, kernels)
-        v_BLNK = attn.to_v(context).unflatten(2, (attn.heads, -1))
-        out = dispatch_attention_fn(q_BLNK, k_BLNK, v_BLNK, backend=self._attention_backend)
-        return attn.to_out[0](out.flatten(2, 3).type_as(q_BLNK))  # type: ignore[no-any-return]
-
-
-def _amplified(attn: Any) -> Tensor:
-    """The keys' weight for history and target, [2, D]: history keys grow 1 to max_scale times, learnt once or a head.
-
-    A factor of a head commutes with the turning of its planes, so it may come before.
-    """
-    weight = attn.norm_k.weight
-    factor = 1.0 + torch.sigmoid(attn.history_key_scale) * (attn.max_scale - 1.0)
-    return torch.stack([weight * factor.repeat_interleave(len(weight) // len(factor)), weight])
 
 
 class Block(HeliosTransformerBlock):

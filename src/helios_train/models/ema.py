@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,12 @@ from helios_train.models.checkpoint import audit
 class Ema:
     """Average of named weights: a copy up to update `start`, then decay min((1 + k) / (10 + k), decay) at the k-th after it."""
 
-    def __init__(self, weights: Mapping[str, Tensor], decay: float, start: int = 0):
-        self.decay, self.start, self.updates = decay, start, 0
-        self.average = {name: weight.detach().float().cpu().clone() for name, weight in weights.items()}
+    def __init__(
+        self, weights: Mapping[str, Tensor], decay: float, start: int = 0, to_host: Callable[[Tensor], Tensor] = Tensor.cpu
+    ):
+        """`to_host` brings a weight to where the averages are."""
+        self.decay, self.start, self.updates, self._to_host = decay, start, 0, to_host
+        self.average = {name: to_host(weight.detach()).float().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
@@ -25,7 +28,7 @@ class Ema:
         averaged = self.updates - self.start
         decay = min((1 + averaged) / (10 + averaged), self.decay) if averaged > 0 else 0.0
         for name, average in self.average.items():
-            average.lerp_(weights[name].detach().to("cpu", torch.float32), 1 - decay)
+            average.lerp_(self._to_host(weights[name].detach()).float(), 1 - decay)
         self.updates += 1
 
     def state_dict(self) -> dict[str, Any]:

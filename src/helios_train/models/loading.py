@@ -46,6 +46,13 @@ def start_patch(transformer: HeliosTransformer3DModel, name: str) -> None:
     patch.bias.copy_(source.bias)
 
 
+def fill_buffers(transformer: nn.Module) -> None:
+    """Computes the buffers that are in no file, of a transformer (ours or diffusers') that was made on meta."""
+    assert isinstance(transformer, HeliosTransformer3DModel)
+    config = transformer.config
+    transformer.rope = type(transformer.rope)(config.rope_dim, config.rope_theta)
+
+
 def load_transformer(folder: Path, dtype: torch.dtype) -> HeliosTransformer:
     """The transformer of a diffusers folder (the pipeline's, or its `transformer/`), in `dtype` on the host.
 
@@ -71,8 +78,7 @@ def load_transformer(folder: Path, dtype: torch.dtype) -> HeliosTransformer:
     for name in fresh:
         getattr(transformer, name).to_empty(device="cpu")
         start_patch(transformer, name)
-    config = transformer.config
-    transformer.rope = type(transformer.rope)(config.rope_dim, config.rope_theta)  # its buffers are in no file
+    fill_buffers(transformer)
     cast(transformer, dtype)
     return transformer
 

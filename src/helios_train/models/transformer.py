@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from helios_train.history import ANCHOR_INDEX, LONG_INDICES, MID_INDICES, SHORT_INDICES, TARGET_INDICES, History
 from helios_train.kernels.modulated_norm import modulated_norm
 from helios_train.kernels.rope import rope_table
-from helios_train.models.block import Attention, Block
+from helios_train.models.attention import BACKENDS, Attention
+from helios_train.models.block import Block
 
 HISTORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}  # name -> how often it repeats the target's patch a side
 TABLES = 32  # rotary tables kept, one a shape: 11 MB each at full resolution
@@ -42,14 +43,16 @@ class Part(NamedTuple):
 class HeliosTransformer(HeliosTransformer3DModel):
     """diffusers' HeliosTransformer3DModel with the calls that objectives, samplers and discriminators share.
 
-    `kernels`: which implementation the row-wise ops run, see `kernels.dispatch`.
+    `kernels`: which implementation the row-wise ops run, see `kernels.dispatch`. `compile_repeated_blocks` compiles its blocks.
     """
+
+    _repeated_blocks = ("Block",)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.kernels = "auto"
-        self._checkpoint: Callable[..., Tensor] | None = None
-        self._every = 1
+        self._checkpoint: Callable[..., Tensor] = checkpoint
+        self._every, self._spared = 0, False  # of so many blocks one is checkpointed; 0: none is
         self._tables: dict[Any, Tensor] = {}
         for block in self.blocks:
             block.__class__ = Block  # the same parameters, another forward
@@ -127,15 +130,20 @@ class HeliosTransformer(HeliosTransformer3DModel):
         table = self._table(parts, offset, x_BLD)
         time_BD, modulation_BR6D, text_BLD = self._conditions(timestep, text, split)
         features: list[Tensor] = []
-        for number, block in enumerate(self.blocks[: wanted[-1] + 1 if wanted else None]):
-            recomputed = self._checkpoint is not None and number % self._every == 0 and torch.is_grad_enabled()
-            run = partial(self._checkpoint, block) if self._checkpoint is not None and recomputed else block
+        blocks = self.blocks[: wanted[-1] + 1 if wanted else None]
+        for number, block in enumerate(blocks):
+            run = block if self._kept(number, len(blocks)) else partial(self._checkpoint, block)
             x_BLD = run(x_BLD, text_BLD, modulation_BR6D, table, split, self.kernels)
             if number in wanted:
                 features.append(x_BLD[:, split:])
         if wanted:
             return None, features
         return self._unpatched(self._normed_out(x_BLD[:, split:], time_BD), parts[-1].latents.shape), features
+
+    def _kept(self, number: int, count: int) -> bool:
+        """Whether block `number` of `count` keeps its activations for backward, or needs none."""
+        spared = self._spared and number == count - 1
+        return not self._every or number % self._every != 0 or spared or not torch.is_grad_enabled()
 
     def _embedded(self, part: Part) -> Tensor:
         """Tokens [B, L, D] of one part; history is padded to whole patches by repeating its last frame, row and column."""
@@ -187,14 +195,26 @@ class HeliosTransformer(HeliosTransformer3DModel):
         patches = tokens_BLD.reshape(shape[0], *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
         return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def checkpoint_blocks(self, context: Callable[[], Any] | None = None, every: int = 1) -> None:
+    def compute_with(self, kernels: str = "auto", attention: str = "sdpa", compiled: bool = False) -> None:
+        """The implementation of the row-wise ops (`kernels.dispatch`), the attention (`attention.BACKENDS`), and whether
+        torch.compile takes each block. The same numbers up to rounding (sage: 8 bits)."""
+        self.kernels = kernels
+        for block in self.blocks:
+            for layer in (block.attn1, block.attn2):
+                layer.processor._attention_backend = BACKENDS[attention]
+        if compiled:
+            self.compile_repeated_blocks()
+
+    def checkpoint_blocks(self, context: Callable[[], Any] | None = None, every: int = 1, spare_last: bool = True) -> None:
         """Keep only the input of every `every`-th block in the forward and compute that block again in backward.
 
-        `context` gives the (forward, recompute) context managers of each call, for a caller who must restore what a recompute
-        depends on. No random numbers are drawn in a block, so none are preserved.
+        `spare_last`: not the last one, whose turn comes first in backward: where that follows at once, it costs no memory and
+        saves a recompute; where several graphs wait for it, it costs one block's activations a graph. `context` gives the
+        (forward, recompute) context managers of each call, for a caller who must restore what a recompute depends on. No random
+        numbers are drawn in a block, so none are preserved.
         """
         extra: dict[str, Any] = {"context_fn": context} if context else {}
-        self._every = every
+        self._every, self._spared = every, spare_last
         self._checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, **extra)
 
 

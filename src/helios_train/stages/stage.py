@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from helios_train.memory.places import read
 from helios_train.models.adapters import trainable
 from helios_train.models.precision import Masters
 from helios_train.models.transformer import HeliosTransformer
@@ -60,11 +61,18 @@ class Stage(L.LightningModule):
         self.skipped = 0  # updates left out because a loss or gradient was not finite, in the whole run
         self.skipped_in_a_row = 0
         self._sums: Tensor | None = None
+        self._alone: Optimizer | None = None
+        self._steps_alone = 0
+
+    def alone(self) -> Self:
+        """For iterations without a Trainer, such as a plan's: the stage keeps its own optimizer and counter."""
+        self._alone = self.configure_optimizers()
+        return self
 
     @property
     def iteration(self) -> int:
         """The iteration being worked on, counted from 0; after its update, how many are done."""
-        return int(self.trainer.global_step)
+        return int(self.trainer.global_step) if self._alone is None else self._steps_alone
 
     def configure_optimizers(self) -> Optimizer:
         """The one optimizer that Lightning wraps, over the fp32 masters."""
@@ -82,17 +90,18 @@ class Stage(L.LightningModule):
         sums, self._sums = self._sums, None
         _average_over_devices(gradients, sums)
         norm = nn.utils.clip_grad_norm_(list(self.masters), self.clip)
-        finite = bool(torch.isfinite(norm) & torch.isfinite(sums[0, -1]))
+        finite = bool(read(torch.isfinite(norm) & torch.isfinite(sums[0, -1]), planned=True))
         if not finite:
             self.masters.clear()  # the step below then changes nothing, and still counts
             self.skipped += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         rate = self.rate(self.iteration)
-        optimizer = self.optimizers()
-        assert isinstance(optimizer, LightningOptimizer)
+        optimizer = self.optimizers() if self._alone is None else self._alone
+        assert isinstance(optimizer, LightningOptimizer | Optimizer)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
+        self._steps_alone += 1
         self.masters.publish()
         self.masters.clear()
         self.last = {"lr": rate, "gradient_norm": norm.detach(), "skipped": self.skipped, **self._means(sums)}

@@ -22,7 +22,10 @@ from helios_train.diffusion.schedule import NoiseLevels
 from helios_train.errors import InputError
 from helios_train.history.corrupt import Corrupt
 from helios_train.history.mix import Mix
+from helios_train.kernels.dispatch import check_kernels
+from helios_train.memory.places import HOST, Places
 from helios_train.models import adapters, checkpoint, manifest
+from helios_train.models.attention import check_attention
 from helios_train.models.codecs import Codec, dct_codec, wan_codec
 from helios_train.models.ema import Ema
 from helios_train.models.loading import load_transformer, random_transformer, read_shape
@@ -238,7 +241,17 @@ def adapt(config: Config, transformer: HeliosTransformer) -> None:
         adapters.add_lora(transformer, STUDENT, lora(config), config.seed)
     transformer.train()
     if config.memory.checkpointing:
-        transformer.checkpoint_blocks()
+        transformer.checkpoint_blocks(every=config.memory.checkpoint_every)
+
+
+def computes(config: Config, transformer: HeliosTransformer, trains: bool) -> None:
+    """Sets how the transformer computes, as `model=` says; InputError where this machine cannot."""
+    model, where = config.model, device(config)
+    check_kernels(model.kernels, where)
+    shape = transformer.config
+    heads = shape.num_attention_heads, shape.attention_head_dim
+    check_attention(model.attention, *heads, DTYPES[model.dtype], where, trains)
+    transformer.compute_with(model.kernels, model.attention, model.compile)
 
 
 def lora(config: Config) -> adapters.Lora:
@@ -310,6 +323,12 @@ def stage(config: Config) -> BaseStage:
     """The stage of a run, from its first weights on."""
     transformer = start(config).transformer
     adapt(config, transformer)
+    computes(config, transformer, trains=True)
+    return stage_of(config, transformer)
+
+
+def stage_of(config: Config, transformer: HeliosTransformer) -> BaseStage:
+    """The stage over a transformer that is ready to train."""
     return BaseStage(
         base_recipe(config),
         transformer=transformer,
@@ -322,7 +341,8 @@ def stage(config: Config) -> BaseStage:
 def ema(config: Config, stage: Stage) -> Ema | None:
     """The moving average of what the stage trains; None where it is off."""
     settings = config.stage.ema
-    return Ema(stage.masters.state_dict(), settings.decay, settings.start) if settings.decay else None
+    to_host = partial(Places(device(config)).put, place=HOST)
+    return Ema(stage.masters.state_dict(), settings.decay, settings.start, to_host) if settings.decay else None
 
 
 def sampler(config: Config) -> SamplerSettings:

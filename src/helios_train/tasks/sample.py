@@ -54,6 +54,7 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     begun = build.start(config, wanted.weights)
     _same_encoders(config, begun.encoders, now)
     device = build.device(config)
+    build.computes(config, begun.transformer, trains=False)
     transformer = begun.transformer.to(device)
     settings = replace(begun.sampler or build.sampler(config), solver=wanted.solver)
     sampler = VideoSampler(codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress)

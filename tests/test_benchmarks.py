@@ -1,0 +1,55 @@
+"""The benchmarks of the transformer and its kernels, at a size that takes seconds: what they compare is the same computation."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parent.parent / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def transformer_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("transformer_step")
+
+
+@pytest.mark.parametrize("trains", ["frozen", "lora", "all"])
+def test_all_variants_compute_the_same(transformer_step: ModuleType, trains: str) -> None:
+    shape = {"num_attention_heads": 1, "num_layers": 3, "ffn_dim": 64, "text_dim": 32}
+    size = transformer_step.Size("tiny", shape, 2, (8, 12), (4, 6), torch.float32)
+    names = ["diffusers", "ours"]
+    modules = transformer_step.modules(size, names, trains, CPU)
+    theirs, ours = modules.values()
+    shared = ours.blocks[0].ffn.net[0].proj, theirs.blocks[0].ffn.net[0].proj
+    assert len({getattr(layer, "base_layer", layer).weight.data_ptr() for layer in shared}) == 1
+    given = [transformer_step.inputs(size, transformer_step.VARIANTS[name], CPU) for name in names]
+    given[1] |= {name: value for name, value in given[0].items() if "indices" not in name}
+    outputs = [module(**each, return_dict=False)[0] for module, each in zip(modules.values(), given, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+    tokens = 2 * (9 * 2 * 3 + 2 * 4 * 6 + 2 * 3 + 4 * 1 * 2)
+    seen: list[int] = []
+    ours.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0] * given[0].shape[1]))
+    measured = transformer_step.measure(size, names, trains, 1, CPU)
+    ours(**given[1], return_dict=False)
+    assert seen == [tokens] and measured["tokens"] == tokens
+    for kind, found in measured["work"].items():
+        assert found.keys() == set(names)
+        for figures in found.values():
+            assert figures["ms"] > 0 and figures["planned_GiB"] > 0 and 0 < figures["mfu"] <= figures["hfu"] * 1.001, kind
+    assert measured["work"]["forward_backward"]["ours"]["mfu"] < measured["work"]["forward_backward"]["ours"]["hfu"]
+
+
+def test_the_committed_results_are_of_the_scripts() -> None:
+    """A figure that is cited has a file that says where it was taken."""
+    for name in ("transformer_step", "kernel_speed"):
+        result = json.loads((SCRIPTS / "results" / f"{name}.json").read_text())
+        assert result["machine"] and result["torch"] and result["turns"] >= 5
+        for sizes in result["sizes"].values():
+            assert sizes
