@@ -21,6 +21,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from helios_train.callbacks.metrics_csv import MetricsCsv
 from helios_train.conf.compose import compose
 from helios_train.run import RunFolder
 from helios_train.tasks import build, prepare, train
@@ -49,9 +50,9 @@ def ours(overrides: list[str], folder: Path) -> tuple[list[float], list[float]]:
     config = compose([*overrides, f"run_dir={folder}"])
     run = RunFolder.create(folder, folder)
     data, stage = build.data(config), build.stage(config)
-    trainer = train.trainer(config, run, stage, build.ema(config, stage), 0)
     clock = Clock()
-    trainer.callbacks.append(clock)
+    callbacks = [*train.watchers(config, run, stage, data, build.ema(config, stage), 0), clock]
+    trainer = train.trainer(config, run, callbacks, [MetricsCsv(run.metrics, None)])
     trainer.fit(stage, datamodule=data)
     rows = [line.split(",") for line in run.metrics.read_text().splitlines()]
     column = rows[0].index("time/data_wait_share")
@@ -96,6 +97,7 @@ def main(model: str = "small", blocks: int = 4) -> None:
             "trainer.accelerator=cpu",
             "stage.ema.decay=0.99",
             "watch.every=0",
+            "watch.sample=false",
         ]
         prepare.toy_shards(compose(overrides))
         loop: list[float] = []

@@ -33,10 +33,15 @@ def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
 
 def by_turns(works: dict[str, Callable[[], Any]], turns: int, device: torch.device) -> dict[str, float]:
     """Medians in ms of each, one run of every one a turn; the first turn does not count."""
+    return {name: statistics.median(took) for name, took in all_turns(works, turns, device).items()}
+
+
+def all_turns(works: dict[str, Callable[[], Any]], turns: int, device: torch.device) -> dict[str, list[float]]:
+    """Times in ms of each in every turn but the first."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(turns + 1):
         for name, work in works.items():
             took = milliseconds(work, device)
             if turn:
                 times[name].append(took)
-    return {name: statistics.median(took) for name, took in times.items()}
+    return times
