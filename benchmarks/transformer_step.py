@@ -6,8 +6,9 @@ All share one set of weights and are called alike, by turns, in one process: a f
 with every block checkpointed. What trains: `frozen` nothing (the gradient goes to the target's latents), `lora` rank-128
 adapters, `all` every weight. Medians in ms, and of the ratio to diffusers in the same turn; tokens a second; the peak above what
 stood before (CUDA: of the allocator; and planned on fake tensors); the share of the machine's matrix products: HFU counts what is
-computed, recomputed too, MFU what the same step computes without checkpointing. On CUDA: 14b in bf16 at 384 x 640, batch 1, 2, 4, and the two lower levels; on a
-CPU: width 1,024, 8 blocks, 2,760 tokens, fp32, and 14b planned. Writes results/transformer_step.json.
+computed, recomputed too, MFU what the same step computes without checkpointing. On CUDA: 14b in bf16 at 384 x 640, batch 1, 2, 4,
+and the two lower levels; on a CPU: width 1,024, 8 blocks, 2,760 tokens, fp32, and 14b planned. Writes
+results/transformer_step.json.
 """
 
 from __future__ import annotations

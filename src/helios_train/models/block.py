@@ -6,9 +6,12 @@ Tokens before `split` are the history's.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from helios_train.kernels.gated_residual import gated_residual, gated_residual_layer_norm, gated_residual_modulated_norm
 from helios_train.kernels.gelu import gelu_tanh
@@ -16,6 +19,27 @@ from helios_train.kernels.layer_norm import layer_norm
 from helios_train.kernels.modulated_norm import modulated_norm
 
 ROWS = 4096  # tokens in a piece of the feed-forward: whole waves of a GPU's matrix products
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b."""
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        """dy W."""
+        return dy @ ctx.weight, None, None
+
+
+def _last(layer: nn.Module, x: Tensor) -> Tensor:
+    """The last layer of a block. A frozen one "saves" nothing: torch saves the weight, and a checkpoint then runs it for that."""
+    plain = type(layer) is nn.Linear and not any(part.requires_grad for part in layer.parameters())
+    if not plain or torch.compiler.is_compiling():
+        return layer(x)  # type: ignore[no-any-return]
+    return _Frozen.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
 class Block(HeliosTransformerBlock):
@@ -47,7 +71,7 @@ class Block(HeliosTransformerBlock):
     def _feed_forward(self, normed_BLD: Tensor, kernels: str) -> Tensor:
         """Piece by piece: in backward the hidden gradients of one piece are alive at a time, not those of all tokens."""
         widen, narrow = self.ffn.net[0].proj, self.ffn.net[2]
-        pieces = [narrow(gelu_tanh(widen(piece), kernels)) for piece in normed_BLD.flatten(0, 1).split(ROWS)]
+        pieces = [_last(narrow, gelu_tanh(widen(piece), kernels)) for piece in normed_BLD.flatten(0, 1).split(ROWS)]
         return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view_as(normed_BLD)
 
     def _before_text(self, x_BLD: Tensor, attended: Tensor, gate: Tensor, split: int, kernels: str) -> tuple[Tensor, Tensor]:
