@@ -16,6 +16,7 @@ from pathlib import Path
 TRAIN = "trainer.max_steps=8 optimizer.warmup=2 watch.every=4 watch.sample_steps=3"
 TOY = "data.toy.clips=16 data.held_out=4"
 SAMPLE = "sample.steps=3"
+CHAIN = """'chain.sample="sample.count=1 sample.steps=3"'"""
 OWN_STEP = "make test"
 
 
@@ -23,6 +24,8 @@ def shortened(line: str) -> str:
     """The line with the overrides that its command understands."""
     if not line.startswith("python -m helios_train") or "--" in line or "experiment=debug" in line:
         return line
+    if "experiment=toy_chain" in line:
+        return " ".join([line, TRAIN, TOY, CHAIN])
     if "task=" not in line:
         return " ".join([line, TRAIN, *([TOY] if "data=folder" not in line else [])])
     return f"{line} {SAMPLE}" if "task=sample" in line else line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from helios_train.callbacks.validation import HeldOut, other_captions
 from helios_train.data.batch import Window
 from helios_train.data.order import Ref
+from helios_train.diffusion.pyramid import Pyramid
 from helios_train.diffusion.schedule import NoiseLevels, dynamic_mu, shift
 from helios_train.history import History
 from helios_train.objectives.flow import FlowObjective
+from helios_train.objectives.pyramid_flow import PyramidFlowObjective
 
 
 def window(batch: int = 3) -> Window:
@@ -87,6 +90,24 @@ def test_quantiles_are_measured_at_the_levels_of_training_with_everything_given(
         error = float((constant - (noise - given.target)).square().mean())
         assert metrics[f"held_out/full/quantile_{number}"] == pytest.approx(error, rel=1e-4)
     assert not any("quantile" in name for name in metrics if not name.startswith("held_out/full/"))
+
+
+def test_levels_are_measured_apart() -> None:
+    """A network that is right about one level, and sees history at another."""
+    network, given = Seen(), window()
+    given = replace(given, target=given.target.repeat(1, 1, 1, 4, 8))
+    frames, anchor = (part.repeat(1, 1, 1, 4, 8) for part in (given.history.frames, given.history.anchor))
+    given = replace(given, history=replace(given.history, frames=frames, anchor=anchor))
+    stage: Any = SimpleNamespace(transformer=network, device=torch.device("cpu"))
+    objective = PyramidFlowObjective(Pyramid(2), ratios=(1, 2))
+    metrics = HeldOut(objective, (0.5, 0.9), quantiles=2, clips=3, every=1, seed=0, ema=None).measure(stage, [given])
+    assert len(network.calls) == 2 * (3 * 2 + 2)
+    assert [tuple(call[0].shape[-2:]) for call in network.calls[:2]] == [(4, 8), (8, 16)]
+    for case in ("full", "dropped", "wrong_caption"):
+        levels = [metrics[f"held_out/{case}/level_{level}"] for level in (0, 1)]
+        assert levels[0] == pytest.approx(np.mean([metrics[f"held_out/{case}/level_0/sigma_{s}"] for s in (0.5, 0.9)]))
+        assert metrics[f"held_out/{case}"] == pytest.approx(np.mean(levels))
+    assert {f"held_out/full/level_{level}/quantile_{number}" for level in (0, 1) for number in (1, 2)} < metrics.keys()
 
 
 def test_noise_is_a_function_of_seed_and_clip() -> None:

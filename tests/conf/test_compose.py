@@ -106,6 +106,27 @@ def test_keys_that_exclude_one_another() -> None:
     assert "model.kernels=reference: torch.compile cannot trace" in refusal("model.kernels=reference", "model.compile=true")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            ["data.size=[64,96]"],
+            "3 levels need sides that are multiples of 64 pixels, such as [64,64], [64,128]",
+        ),
+        (["stage.pyramid.ratios=[1,1,1,1]", "data.size=[64,128]"], "4 levels need sides that are multiples of 128 pixels"),
+        (["stage.pyramid.ratios=[]"], "there are 1 to 4 levels"),
+        (["stage.pyramid.ratios=[1,1,1,1,1]"], "there are 1 to 4 levels"),
+        (["stage.pyramid.gamma=0.4"], "at most 1/3"),
+        (["stage.pyramid.edges=[0,0.5,1]"], "3 levels need 4 numbers that rise from 0 to 1"),
+        (["stage.pyramid.edges=[0,0.5,0.4,1]"], "that rise from 0 to 1"),
+        (["stage.pyramid.edges=[0,0.5,0.6,0.9]"], "from 0 to 1"),
+        (["stage.flow.shift=2"], "stage.flow.shift: stage=mid has no such key; stage=base has it"),
+    ],
+)
+def test_pyramids_that_cannot_be(given: list[str], message: str) -> None:
+    assert message in refusal("stage=mid", *given)
+
+
 def test_a_needed_input_is_asked_for() -> None:
     assert "prepare.source=null" in refusal("task=prepare", "data=folder")
 

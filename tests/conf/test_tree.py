@@ -14,7 +14,7 @@ from helios_train.conf.compose import compose, compose_plain, plain
 
 TREE = Path(helios_train.conf.__file__).parent
 FILES = sorted(path.relative_to(TREE) for path in TREE.rglob("*.yaml"))
-OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2 and not re.match(r"recipe/base_", str(path))]
+OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2 and not re.match("recipe/.*_", str(path))]
 NEEDS = {  # what an option cannot stand without
     ("model", "14b"): ["text=umt5"],
     ("text", "umt5"): ["model=14b"],
@@ -37,10 +37,13 @@ def test_every_recipe_fits_every_stage_and_names_its_sources(stage: str, recipe:
     node = plain(compose_plain([f"stage={stage}", f"recipe={recipe}"]))
     compose([f"stage={stage}", f"recipe={recipe}"])
     own = yaml.safe_load((TREE / f"recipe/{stage}_{recipe}.yaml").read_text())
-    for key in ("stage.mix", "stage.corrupt", "stage.flow.dynamic_shift", "stage.flow.shift_cap"):
-        assert node["recipe"]["sources"][key] == own["recipe"]["sources"][key]
+    assert node["recipe"]["sources"] == own["recipe"]["sources"]
+    group = {"base": "flow", "mid": "pyramid"}[stage]
+    assert {"stage.mix", "stage.corrupt", *(f"stage.{group}.{key}" for key in own["stage"][group])} == set(
+        own["recipe"]["sources"]
+    )
     missing = re.findall(r"^  (\w+): \?\?\?", (TREE / f"stage/{stage}.yaml").read_text(), re.MULTILINE)
-    assert set(missing) <= set(own["stage"]["mix"]) | set(own["stage"]["corrupt"]) | set(own["stage"]["flow"])
+    assert set(missing) <= set(own["stage"]["mix"]) | set(own["stage"]["corrupt"]) | set(own["stage"][group])
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -93,6 +96,20 @@ def test_recipes_of_the_base_stage() -> None:
     assert shifts == {"paper": ("exponential", 7.0), "released": ("none", 7.0), "corrected": ("exponential", None)}
 
 
+def test_recipes_of_the_mid_stage() -> None:
+    """History as in the base stage; the published training code feeds exact times and shifts nothing."""
+    found = {}
+    for recipe in ("paper", "released", "corrected"):
+        stage, base = (compose([f"recipe={recipe}", f"stage={name}"]).stage for name in ("mid", "base"))
+        assert (stage.mix, stage.corrupt) == (base.mix, base.corrupt)
+        found[recipe] = (stage.pyramid.dynamic_shift, stage.pyramid.timesteps, stage.pyramid.sigmas)
+    assert found == {
+        "paper": ("linear", "float", "table"),
+        "released": ("none", "float", "table"),
+        "corrected": ("linear", "int", "table"),
+    }
+
+
 def test_models() -> None:
     shapes = {}
     for name in ("tiny", "small", "14b"):
@@ -116,6 +133,18 @@ def test_published_phases() -> None:
         assert (config.data.name, config.data.global_batch, config.data.size) == ("folder", 128, (384, 640))
         assert (config.model.name, config.stage.trainable, config.stage.lora.rank) == ("14b", "lora", 128)
     assert (init.experiment.name, refine.experiment.name) == ("base_init", "base_refine")
+
+
+def test_published_phases_of_the_mid_stage() -> None:
+    init, refine = compose(["experiment=mid_init"]), compose(["experiment=mid_refine"])
+    for config, lr, steps, warmup, batch in ((init, 1e-4, 16000, 1000, 256), (refine, 3e-5, 20000, 500, 192)):
+        assert (config.optimizer.lr, config.trainer.max_steps, config.optimizer.warmup) == (lr, steps, warmup)
+        assert (config.data.global_batch, config.data.size, config.stage.lora.rank) == (batch, (384, 640), 256)
+        assert config.memory.checkpointing and config.stage.trainable == "lora" and config.stage.ema.decay == 0
+    assert (init.stage.pyramid.ratios, refine.stage.pyramid.ratios) == ((1, 2, 1), (1, 1, 1))
+    both = [(config.stage.lora.patch_embedding, config.stage.lora.history_patches) for config in (init, refine)]
+    assert both == [(False, False), (True, True)]
+    assert (init.experiment.name, refine.experiment.name) == ("mid_init", "mid_refine")
 
 
 def test_toy_base() -> None:

@@ -17,6 +17,7 @@ from helios_train.data.toy import (
     ToyTruth,
     caption_of,
     parse_caption,
+    read_truth,
     render,
     render_folder,
 )
@@ -99,11 +100,21 @@ def test_folder(tmp_path: Path) -> None:
     truth = json.loads((tmp_path / "000002.json").read_text())
     assert parse_caption((tmp_path / "000002.txt").read_text())["direction"] == truth["direction"]
     assert len(truth["positions"]) == 33 and truth["positions"] == [[round(x, 3), round(y, 3)] for x, y in truth["positions"]]
+    assert read_truth(tmp_path / "000002.json") == render(0, 2, spec)[1]
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     render_folder(tmp_path, spec)
     assert before == {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     with pytest.raises(InputError, match="another spec"):
         render_folder(tmp_path, ToySpec(size=(32, 48), sections=1, clips=4))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"positions": [[1]]}', '{"positions": [[1, 2]], "colour": "red"}'])
+def test_another_truth_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="truth.json: not the truth of a toy video"):
+        read_truth(tmp_path / "truth.json")  # not there
+    (tmp_path / "truth.json").write_text(text)
+    with pytest.raises(InputError, match="truth.json: not the truth of a toy video"):
+        read_truth(tmp_path / "truth.json")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from helios_train import rng
 from helios_train.diffusion.schedule import NoiseLevels, dynamic_factor, shift
 from helios_train.history import History
-from helios_train.objectives.flow import BINS, FlowDraw, FlowObjective, Loss, log_names
+from helios_train.objectives.flow import BINS, FlowDraw, FlowObjective, Loss
 
 SHAPE = (3, 9, 4, 6)
 # With shifted levels, which lie between those of the table.
@@ -93,7 +93,7 @@ def test_sums_by_bin_of_sigma() -> None:
     torch.testing.assert_close(loss.sums, wanted, rtol=1e-5, atol=1e-5)
     assert not loss.sums.requires_grad
     edges = ["0.0-0.2", "0.2-0.4", "0.4-0.6", "0.6-0.8", "0.8-1.0"]
-    assert log_names() == [f"loss/sigma_{edge}" for edge in edges] + ["loss"]
+    assert PLAIN.log_names() == [f"loss/sigma_{edge}" for edge in edges] + ["loss"]
 
 
 @pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])

@@ -319,14 +319,23 @@ def test_whole_timesteps_are_cut_not_rounded_and_leave_sigma(dynamic: str) -> No
         assert (one.time - other.time).max() > 0.5
 
 
-def test_measuring_at_a_quantile() -> None:
+def test_measuring_at_quantiles_and_at_a_sigma() -> None:
     noise = rng.normal(rng.generator(0, "held out"), (2, *SHAPE))
-    draw = INIT.at(0.25, noise)
+    draw, higher = INIT.at_quantiles(2, noise)
+    assert INIT.parts == ("level_0", "level_1", "level_2")
     assert draw.noise is noise and [one.level for one in draw.passes] == [0, 1, 2]  # one pass a level, whatever the ratios
     for one, level in zip(draw.passes, INIT.pyramid.levels, strict=True):
         np.testing.assert_allclose(one.sigma, [0.24975] * 2, rtol=1e-12)
         np.testing.assert_allclose(one.time, [level.at(np.array(750.0))[1]] * 2, rtol=1e-12)
-    assert INIT.at(1.0, noise).passes[0].sigma.tolist() == [0.999] * 2
+    assert all((one.sigma > other.sigma).all() for one, other in zip(higher.passes, draw.passes, strict=True))
+    for sigma, found in ((0.5, 0.500499), (1.0, 0.999), (0.0, 0.000999)):  # the entry above
+        given = INIT.at_sigma(sigma, noise)
+        assert given.noise is noise and [one.level for one in given.passes] == [0, 1, 2]
+        for one, level in zip(given.passes, INIT.pyramid.levels, strict=True):
+            np.testing.assert_allclose(one.sigma, [found] * 2, rtol=1e-9)
+            np.testing.assert_allclose(one.time, [level.at(np.array(round(1000 * (1 - found / 0.999))))[1]] * 2, rtol=1e-9)
+    shifted = PyramidFlowObjective(Pyramid(), dynamic="linear", sigmas="exact").at_sigma(0.3, noise)
+    np.testing.assert_allclose([one.sigma for one in shifted.passes], 0.3)  # as asked for, whatever the shift
     target, text, history = batch(2)
     errors = INIT.errors(Exact(INIT, target, draw, [torch.tensor([1.0, 2.0])] * 3), target, text, history, draw)
     torch.testing.assert_close(errors, torch.tensor([[1.0, 4.0]] * 3), rtol=1e-5, atol=0)

@@ -44,7 +44,9 @@ def recording(step: Any) -> Any:
                 for number, ref in enumerate(window.refs):
                     own = hashlib.sha256()
                     flow = draws.flow
-                    digest([draws.mix[number], draws.corrupt[number], flow.sigma[number : number + 1], flow.noise[number]], own)
+                    passes = getattr(flow, "passes", [flow])  # one a level in mid
+                    levels = [one.sigma[number : number + 1] for one in passes]
+                    digest([draws.mix[number], draws.corrupt[number], levels, flow.noise[number]], own)
                     digest([window.target[number], window.text[number], window.history.frames[number]], own)
                     place = [ref.iteration, ref.position, ref.epoch, ref.sample, window.sections[number]]
                     file.write(json.dumps([*place, own.hexdigest()]) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,21 +151,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("resume"))
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two ranks"])
-def unkilled(request: pytest.FixtureRequest, runs: Runs) -> tuple[int, Path]:
-    ranks = request.param
-    return ranks, runs.run(f"whole{ranks}", ranks, 0)
+@pytest.fixture(scope="module")
+def unkilled(runs: Runs) -> Callable[[str, int], Path]:
+    """Runs that nobody disturbed, each made once."""
+    return functools.cache(lambda stage, ranks: runs.run(f"whole_{stage}{ranks}", ranks, 0, f"stage={stage}"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed_is_bit_equal(runs: Runs, unkilled: tuple[int, Path], workers: int) -> None:
-    ranks, whole = unkilled
+@pytest.mark.parametrize(
+    ("stage", "ranks", "workers"),
+    [("base", 1, 2), ("base", 2, 0), ("mid", 1, 0), ("mid", 2, 2)],
+)
+def test_killed_and_resumed_is_bit_equal(
+    runs: Runs, unkilled: Callable[[str, int], Path], stage: str, ranks: int, workers: int
+) -> None:
+    whole = unkilled(stage, ranks)
     after = random.SystemRandom().randint(EVERY + 1, STEPS - 7)  # early enough not to finish meanwhile
-    name = f"killed{ranks}{workers}"
-    assert runs.stop(name, ranks, workers, signal.SIGKILL, after) == -signal.SIGKILL
+    name = f"killed_{stage}{ranks}{workers}"
+    assert runs.stop(name, ranks, workers, signal.SIGKILL, after, f"stage={stage}") == -signal.SIGKILL
     newest = max(int(path.stem) for path in (runs.folder / name / "checkpoints").glob("*.ckpt"))
     assert newest < STEPS, f"killed after iteration {after}, yet it finished"
-    assert_same_run(whole, runs.run(name, ranks, workers, "resume=auto"))
+    assert_same_run(whole, runs.run(name, ranks, workers, f"stage={stage}", "resume=auto"))
 
 
 def test_two_ranks_go_on_as_one(runs: Runs) -> None:
@@ -192,10 +199,9 @@ def test_signals_save_and_leave(runs: Runs, number: signal.Signals, ranks: int) 
     assert not list((runs.folder / name / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("unkilled", [1], indirect=True)
-def test_resume_refuses_what_may_not_change(runs: Runs, unkilled: tuple[int, Path]) -> None:
-    ranks, whole = unkilled
-    command, environment = runs.command(whole.name, ranks, 0, "resume=auto", "optimizer.lr=0.5", "trainer.max_steps=20")
+def test_resume_refuses_what_may_not_change(runs: Runs, unkilled: Callable[[str, int], Path]) -> None:
+    whole = unkilled("base", 1)
+    command, environment = runs.command(whole.name, 1, 0, "resume=auto", "optimizer.lr=0.5", "trainer.max_steps=20")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "optimizer.lr" in done.stderr and done.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ from helios_train.errors import InputError
 from helios_train.history import History
 from helios_train.models.codecs import Codec, dct_codec
 from helios_train.rng import torch_generator
-from helios_train.sampling.pipeline import OneLevel, SamplerSettings, build_pipeline, grown, pixels
+from helios_train.sampling.pipeline import SamplerSettings, Sections, build_pipeline, grown, pixels
 from helios_train.sampling.start import from_nothing
 
 SIZE = (64, 96)
@@ -39,7 +39,7 @@ class Sampled(NamedTuple):
 
 def sample(pipeline: HeliosPipeline, text: Tensor, sections: int = 2, guidance: float = 3.0, seed: int = 0) -> Sampled:
     generators = [torch_generator(seed, "sample", row) for row in range(len(text))]
-    denoise = OneLevel(pipeline, 3, guidance, generators)
+    denoise = Sections(pipeline, (3,), guidance, generators)
     latents = list(grown(denoise, [text] * sections, from_nothing(len(text), 16, SIZE)))
     codec = Codec("dct", pipeline.vae)
     return Sampled(torch.cat(latents, dim=2), torch.cat([pixels(codec, part) for part in latents], dim=1))
@@ -166,7 +166,7 @@ def test_a_section_comes_before_the_next_is_begun(pipeline: HeliosPipeline, text
     """Nothing is computed ahead, and the transformer has its mode back while the caller has a section."""
     calls: list[bool] = []
     pipeline.transformer.train().register_forward_pre_hook(lambda module, _: calls.append(module.training))
-    running = grown(OneLevel(pipeline, 2, 1.0, torch_generator(0, "sample")), [text[:1]] * 3, from_nothing(1, 16, SIZE))
+    running = grown(Sections(pipeline, (2,), 1.0, torch_generator(0, "sample")), [text[:1]] * 3, from_nothing(1, 16, SIZE))
     for number in range(1, 4):
         assert next(running).shape == (1, 16, 9, 8, 12)
         assert calls == [False] * 2 * number and pipeline.transformer.training
@@ -176,7 +176,7 @@ def test_a_section_comes_before_the_next_is_begun(pipeline: HeliosPipeline, text
 
 def test_nothing_is_decoded_on_the_way(pipeline: HeliosPipeline, text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(pipeline.vae), "decode", lambda *_, **__: pytest.fail("decoded"))
-    next(grown(OneLevel(pipeline, 1, 1.0, torch_generator(0, "sample")), [text[:1]], from_nothing(1, 16, SIZE)))
+    next(grown(Sections(pipeline, (1,), 1.0, torch_generator(0, "sample")), [text[:1]], from_nothing(1, 16, SIZE)))
 
 
 def test_the_section_loop_knows_no_pipeline(text: Tensor) -> None:
@@ -206,7 +206,7 @@ def test_text_may_change_between_sections(pipeline: HeliosPipeline, text: Tensor
     )
 
     def run(texts: list[Tensor]) -> list[Tensor]:
-        return list(grown(OneLevel(pipeline, 2, 3.0, torch_generator(0, "sample")), texts, from_nothing(1, 16, SIZE)))
+        return list(grown(Sections(pipeline, (2,), 3.0, torch_generator(0, "sample")), texts, from_nothing(1, 16, SIZE)))
 
     same, changed = run([text[:1]] * 3), run([text[:1], text[1:], text[1:]])
     assert torch.equal(same[0], changed[0]) and not torch.equal(same[1], changed[1])
@@ -217,7 +217,7 @@ def test_text_may_change_between_sections(pipeline: HeliosPipeline, text: Tensor
 
 def test_a_bf16_transformer_and_one_step(tiny_transformer, text: Tensor) -> None:
     pipeline = build_pipeline(tiny_transformer().to(torch.bfloat16), dct_codec(), SamplerSettings())
-    latents = OneLevel(pipeline, 1, 1.0, torch_generator(0, "sample"))(0, text[:1], from_nothing(1, 16, SIZE))
+    latents = Sections(pipeline, (1,), 1.0, torch_generator(0, "sample"))(0, text[:1], from_nothing(1, 16, SIZE))
     assert latents.dtype == torch.float32 and pixels(dct_codec(), latents).shape == (1, 33, *SIZE, 3)
 
 
@@ -225,13 +225,12 @@ def test_a_bf16_transformer_and_one_step(tiny_transformer, text: Tensor) -> None
     ("changes", "message"),
     [
         ({"size": (64, 72)}, "multiples of 16"),
-        ({"steps": 0}, "at least one"),
         ({"text": torch.zeros(1, 16, 31)}, "32"),
         ({"text": torch.zeros(16, 32)}, "32"),
     ],
 )
 def test_refusals(pipeline: HeliosPipeline, changes: dict[str, object], message: str) -> None:
-    given = {"text": torch.zeros(1, 16, 32), "size": SIZE, "steps": 1} | changes
-    denoise = OneLevel(pipeline, given["steps"], 1.0, torch_generator(0, "sample"))
+    given = {"text": torch.zeros(1, 16, 32), "size": SIZE} | changes
+    denoise = Sections(pipeline, (1,), 1.0, torch_generator(0, "sample"))
     with pytest.raises(InputError, match=message):
         next(grown(denoise, [given["text"]], from_nothing(1, 16, given["size"])))

@@ -13,7 +13,7 @@ from helios_train import rng
 from helios_train.errors import InputError
 from helios_train.history import FRAMES, History
 from helios_train.models.codecs import Codec, dct_codec
-from helios_train.sampling.pipeline import OneLevel, SamplerSettings, build_pipeline, grown
+from helios_train.sampling.pipeline import SamplerSettings, Sections, build_pipeline, grown
 from helios_train.sampling.start import SIGMA, WINDOWS, from_image, from_nothing, from_video
 
 SIZE = (32, 48)
@@ -87,7 +87,7 @@ def own_run(pipeline: HeliosPipeline, **given: Tensor) -> Seen:
 
 
 def our_run(pipeline: HeliosPipeline, history: History, noise: torch.Generator) -> Seen:
-    denoise = OneLevel(pipeline, STEPS, 3.0, noise)
+    denoise = Sections(pipeline, (STEPS,), 3.0, noise)
     return watched(pipeline, lambda: torch.cat([*grown(denoise, [torch.ones(1, 16, 32)] * SECTIONS, history)], dim=2))
 
 

@@ -25,7 +25,6 @@ from helios_train.tasks import build
 
 GIB = 2**30
 FULL = [
-    "experiment=base_init",
     "data.root=/nowhere",
     "text=umt5",
     "codec=wan",
@@ -80,28 +79,59 @@ def step(config: Config, fake: bool, iterations: int = 2, granularity: int = 1) 
         return counter.report(), trained
 
 
+@pytest.mark.parametrize("name", ["base", "mid"])
 @pytest.mark.parametrize("trainable", ["lora", "full"])
-def test_real_and_fake_agree_to_the_byte(trainable: str) -> None:
+def test_real_and_fake_agree_to_the_byte(name: str, trainable: str) -> None:
     """Two iterations of two micro-batches."""
-    config = compose([*TINY, f"stage.trainable={trainable}", "data.global_batch=4", "data.micro_batch=2"])
+    config = compose([f"stage={name}", *TINY, f"stage.trainable={trainable}", "data.global_batch=4", "data.micro_batch=2"])
     (real, trained), (fake, planned) = (step(config, fake) for fake in (False, True))
     assert real == fake
     assert trained.iteration == planned.iteration == 2 and trained.skipped == planned.skipped == 0
 
 
-def test_one_iteration_at_14b() -> None:
-    """Two blocks and four, extended to forty, with rank-128 adapters."""
+def test_levels_take_the_activations_of_the_largest() -> None:
+    """A mid step of three passes against a base step, which is one pass at full size."""
+    given = [*TINY, "data.size=[64,128]", "stage.trainable=full", "data.global_batch=2", "data.micro_batch=2"]
+    given.append("memory.checkpointing=false")
+    peaks = {}
+    for name in ("base", "mid"):
+        report, _ = step(compose([f"stage={name}", *given]), fake=True)
+        owners = report.owners()
+        peaks[name] = report.peak[DEVICE] - sum(owners.get(owner, 0) for owner in ("base", "masters", "data"))
+    latents = 2 * 16 * SECTION * 8 * 16 * 4  # bytes of the target; start and end points of all levels are about ten of it
+    assert peaks["mid"] - peaks["base"] < 12 * latents < 0.1 * peaks["base"], peaks
 
-    def extended(two: int, four: int) -> float:
-        return (two + 19 * (four - two)) / GIB
 
-    (two, _), (four, trained) = (step(compose([*FULL, f"model.layers={n}"]), True, 1, granularity=512) for n in (2, 4))
+def extended(two: int, four: int) -> float:
+    """GiB of 40 blocks, from bytes of 2 and 4."""
+    return (two + 19 * (four - two)) / GIB
+
+
+def at_14b(experiment: str) -> tuple[dict[str, float], float, float]:
+    """GiB by owner at the peak, at the peak, and after the step, of one iteration with two micro-batches."""
+    given = [f"experiment={experiment}", *FULL]
+    (two, _), (four, trained) = (step(compose([*given, f"model.layers={n}"]), True, 1, granularity=512) for n in (2, 4))
     assert trained.iteration == 1 and trained.skipped == 0
     owners = {name: extended(two.owners()[name], four.owners()[name]) for name in four.owners()}
     peak, left = (extended(getattr(two, name)[DEVICE], getattr(four, name)[DEVICE]) for name in ("peak", "live"))
-    print(f"14b, Base, memory=plain: peak {peak:.2f} GiB, {left:.2f} GiB after the step; at the peak {owners}")
-    assert owners["masters"] * GIB / 4 == pytest.approx(1.25e9 / 2 + 5120 * 16 * (4 + 32 + 256), rel=0.01)  # and history patches
+    print(f"14b, {experiment}, memory=plain: peak {peak:.2f} GiB, {left:.2f} GiB after the step; at the peak {owners}")
+    return owners, peak, left
+
+
+def test_one_base_iteration_at_14b() -> None:
+    """Rank-128 adapters, and history patches in full."""
+    owners, peak, left = at_14b("base_init")
+    assert owners["masters"] * GIB / 4 == pytest.approx(1.25e9 / 2 + 5120 * 16 * (4 + 32 + 256), rel=0.01)
     assert owners["base"] == pytest.approx(26.71 + owners["masters"] / 2, abs=0.05)  # the compute copies are bf16
     assert left == pytest.approx(owners["base"] + 3 * owners["masters"] + owners["data"], abs=0.05)  # and two moments
     activations = peak - owners["base"] - 2 * owners["masters"]  # and gradients
     assert 5.5 < activations < 8.5
+
+
+def test_one_mid_iteration_at_14b() -> None:
+    """Rank-256 adapters; four passes a micro-batch, and the activations of the largest alone."""
+    owners, peak, left = at_14b("mid_init")
+    assert owners["masters"] * GIB / 4 == pytest.approx(1.25e9, rel=0.01)
+    assert left == pytest.approx(owners["base"] + 3 * owners["masters"] + owners["data"], abs=0.05)
+    activations = peak - owners["base"] - 2 * owners["masters"]
+    assert 5.5 < activations < 9.0

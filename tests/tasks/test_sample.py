@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -234,32 +234,44 @@ def test_keys_that_do_not_go_together(overrides: list[str], message: str) -> Non
         compose.compose(["task=sample", "init=x", *overrides])
 
 
-def test_sections_followed_one_by_one_give_the_track_of_the_video() -> None:
-    frames = render(1, 0, ToySpec(size=(64, 64), sections=4))[0]
-    whole, parts = sample.toy.track(frames), sample.joined([sample.toy.track(part) for part in np.split(frames, 4)])
-    np.testing.assert_allclose(parts.centres, whole.centres, atol=0.01)
-    for name in ("background", "background_name", "colour", "colour_name", "found"):
-        assert getattr(parts, name) == getattr(whole, name)
-    for name in ("motion", "border_jump", "border_jump_max"):
-        assert getattr(parts, name) == pytest.approx(getattr(whole, name), abs=0.01)
-
-
-def test_a_track_of_sections_that_differ() -> None:
-    """Two sections of three show another world; the object jumps between them, and one has none."""
-    world = np.full((3, 33, 64, 64, 3), (35, 65, 200), dtype=np.uint8)
-    world[0, :, 10:30, 10:30] = world[1, :, 10:30, 20:40] = (225, 35, 35)
-    found = sample.joined([sample.toy.track(part) for part in world])
-    assert (found.background_name, found.colour_name) == ("blue", "red")
-    assert (found.motion, found.border_jump, found.border_jump_max) == (0, 10, 10)
-    assert found.found == pytest.approx(2 / 3) and len(found.centres) == 99 and np.isnan(found.centres[66:]).all()
-
-
 def test_only_toy_captions_are_judged(tmp_path: Path) -> None:
     transformer = random_transformer(SHAPE, torch.float32, 0)
     for prompt in ("a red circle on a blue background", "a dog"):
         sampled(transformer, prompt, 2, tmp_path)
     dog, circle = (facts["toy"] for facts in facts_in(tmp_path))
-    assert dog == {} and "colour_right" in circle
+    assert dog == {} and "colour_right" in circle and circle["direction_right"] is None
+
+
+def test_slow_and_quick_are_those_of_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The range of speeds in the config decides where slow ends, for `task=sample` and while training alike."""
+    config = compose.typed(compose.plain(compose.compose_plain(["task=sample", "init=x", "data.toy.speed=[2,4]"])))
+    ranges: list[tuple[float, float]] = []
+    real = sample.judge
+    monkeypatch.setattr(sample, "judge", lambda seen, caption, speed: ranges.append(speed) or real(seen, caption, speed))
+    transformer = random_transformer(SHAPE, torch.float32, 0)
+    sampled(transformer, "a red circle moving left quickly on a blue background", 1, tmp_path, toy_speed=sample.toy_speed(config))
+    sampled(transformer, "a red circle moving left quickly on a blue background", 1, tmp_path)
+    assert ranges == [(2, 4), (0.4, 1.0)]
+
+
+def test_the_summary_counts_what_captions_say() -> None:
+    figures = {
+        "colour_right": True,
+        "shape_right": False,
+        "background_right": True,
+        "direction_right": None,
+        "pace_right": None,
+        "ratio": 2.0,
+        "motion": 0.5,
+        "border_jump": 1.0,
+    }
+    still = figures | {"background_right": False, "shape_right": True, "ratio": math.nan}
+    said = figures | {"direction_right": True, "pace_right": False, "ratio": 4.0, "border_jump": 2.0}
+    assert sample.summary([still]) == "toy tracker: colour and background right in 0 of 1, shape in 1"
+    assert sample.summary([figures, still, said]) == (
+        "toy tracker: colour and background right in 2 of 3, shape in 1, direction in 1 and pace in 0 of 1; border jump 1.50 px, "
+        "motion 0.50 px a frame, ratio 3.00 (worst video 4.00)"
+    )
 
 
 MINUTE = """

@@ -1,4 +1,5 @@
-"""Held-out loss by sigma: with the full history, with it dropped, and with a wrong caption; and by quantile of what is trained.
+"""Held-out loss by sigma, and by level where there are several: with the full history, with it dropped, and with a wrong
+caption; and by quantile of what is trained.
 
 The mean hides whether history is used: at middle levels the noisy section itself says enough. At high sigma it does not.
 """
@@ -11,14 +12,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 
 from helios_train import rng
 from helios_train.data.batch import Window
-from helios_train.diffusion.schedule import token_count
+from helios_train.history import History
 from helios_train.models.ema import Ema
-from helios_train.objectives.flow import FlowDraw, FlowObjective
+from helios_train.objectives.flow import Objective
 from helios_train.stages.stage import Stage
 
+CASES = ("full", "dropped", "wrong_caption")
 FULL_HISTORY = 3  # the first section that has all 19 frames
 
 
@@ -30,7 +33,7 @@ class HeldOut(L.Callback):
 
     def __init__(
         self,
-        objective: FlowObjective,
+        objective: Objective,
         sigmas: Sequence[float],
         quantiles: int,
         clips: int,
@@ -65,38 +68,45 @@ class HeldOut(L.Callback):
 
     @torch.no_grad()
     def measure(self, stage: Stage, windows: list[Window]) -> dict[str, float]:
-        """`held_out/<case>/sigma_<s>` and `held_out/<case>`, the mean over the levels, for full, dropped and wrong_caption.
+        """`held_out/<case>/sigma_<s>` and `held_out/<case>`, the mean over the sigmas, for full, dropped and wrong_caption.
 
-        And `held_out/full/quantile_<i>`, i from 1 (little noise) to Q: at the (i - 1/2) / Q quantile of the levels the run
-        trains on, after the shift for the clip's tokens. Their mean estimates the unweighted training loss.
+        And `held_out/full/quantile_<i>`, i from 1 (little noise) to Q: at the (i - 1/2) / Q quantile of the sigmas the run
+        trains on, after the shift for the clip's tokens. Their mean estimates the unweighted training loss. Where the objective
+        has several parts, `held_out/<case>/level_<k>` stands in the place of `held_out/<case>`, which is their mean.
         """
         sums: dict[str, list[float]] = {}
+
+        def add(window: Window, draw: Any, case: str, what: str, text: Tensor, history: History) -> None:
+            rows = self.objective.errors(stage.transformer.velocity, window.target, text, history, draw)
+            for part, errors in zip(self.objective.parts, rows.tolist(), strict=True):
+                sums.setdefault(_name(case, part, what), []).extend(errors)
+
         for window in (window.to(stage.device) for window in windows):
-            cases = {
-                "full": (window.text, window.history),
-                "dropped": (window.text, window.history.dropped()),
-                "wrong_caption": (other_captions(window.text), window.history),
-            }
+            given = (
+                (window.text, window.history),
+                (window.text, window.history.dropped()),
+                (other_captions(window.text), window.history),
+            )
             for sigma in self.sigmas:
-                draw = self._draw(window, sigma)
-                for case, (text, history) in cases.items():
-                    errors = self.objective.errors(stage.transformer.velocity, window.target, text, history, draw)
-                    sums.setdefault(f"held_out/{case}/sigma_{sigma:g}", []).extend(errors.tolist())
-            levels = self.objective.levels.quantiles(self.quantiles, token_count(*window.target.shape[2:]))
-            for number, sigma in enumerate(levels.tolist(), start=1):
-                draw = self._draw(window, sigma)
-                errors = self.objective.errors(stage.transformer.velocity, window.target, *cases["full"], draw)
-                sums.setdefault(f"held_out/full/quantile_{number}", []).extend(errors.tolist())
+                draw = self.objective.at_sigma(sigma, self._noise(window, round(sigma * 1e6)))
+                for case, conditions in zip(CASES, given, strict=True):
+                    add(window, draw, case, f"sigma_{sigma:g}", *conditions)
+            for number, draw in enumerate(self.objective.at_quantiles(self.quantiles, self._noise(window, 0)), start=1):
+                add(window, draw, "full", f"quantile_{number}", *given[0])
         metrics = {name: float(np.mean(values)) for name, values in sums.items()}
-        for case in ("full", "dropped", "wrong_caption"):
-            metrics[f"held_out/{case}"] = float(np.mean([metrics[f"held_out/{case}/sigma_{sigma:g}"] for sigma in self.sigmas]))
+        for case in CASES:
+            for part in self.objective.parts:
+                metrics[_name(case, part)] = float(np.mean([metrics[_name(case, part, f"sigma_{s:g}")] for s in self.sigmas]))
+            metrics[_name(case)] = float(np.mean([metrics[_name(case, part)] for part in self.objective.parts]))
         return metrics
 
-    def _draw(self, window: Window, sigma: float) -> FlowDraw:
+    def _noise(self, window: Window, place: int) -> Tensor:
         shape = tuple(window.target.shape[1:])
-        place = round(sigma * 1e6)
-        noise = [rng.normal(rng.generator(self.seed, "held out", ref.sample, place), shape) for ref in window.refs]
-        return FlowDraw(np.full(len(noise), sigma, dtype=np.float32), torch.stack(noise))
+        return torch.stack([rng.normal(rng.generator(self.seed, "held out", ref.sample, place), shape) for ref in window.refs])
+
+
+def _name(case: str, part: str = "", what: str = "") -> str:
+    return "/".join(filter(None, ("held_out", case, part, what)))
 
 
 def other_captions(text: torch.Tensor) -> torch.Tensor:

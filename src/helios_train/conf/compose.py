@@ -136,6 +136,9 @@ def _page(lines: list[str]) -> str | None:
 
 @contextmanager
 def _loader() -> Iterator[ConfigLoader]:
+    if GlobalHydra.instance().is_initialized():  # inside a run, whose own --config-dir holds
+        yield GlobalHydra.instance().config_loader()
+        return
     with initialize_config_module(MODULE, job_name="helios_train", version_base=VERSION):
         yield GlobalHydra.instance().config_loader()
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from helios_train.conf.schema import Config, Data, FolderData, Model, Prepare, Sample, ToyData
+from helios_train.conf.schema import Config, Data, FolderData, MidStage, Model, Prepare, Pyramid, Sample, ToyData
 from helios_train.errors import ConfigError
 
+MOST_LEVELS, TABLE = 4, 1000  # of a pyramid; entries of the table of noise levels
 NOMINAL_SIDE = 64  # pixels of the shorter side that lengths of toy videos are given for
 ROUNDING = 1e-6  # shares may sum to 1 within this
 
@@ -29,6 +30,8 @@ def _broken(config: Config) -> Iterator[str]:
     modes = {"noise": corrupt.noise, "blur": corrupt.blur, "saturation": corrupt.saturation, "clean": corrupt.clean}
     yield from _sum_to_one("stage.corrupt", modes)
     yield from _model(config.model)
+    if isinstance(config.stage, MidStage):
+        yield from _pyramid(config.stage.pyramid, config.data)
     yield from _data(config.data, config.trainer.devices)
     if not config.watch.sigmas:
         yield "watch.sigmas=[]: name at least one noise level, or set watch.every=0"
@@ -41,6 +44,11 @@ def _broken(config: Config) -> Iterator[str]:
         yield from _prepare(config.prepare, config)
     if config.sample:
         yield from _sample(config.sample)
+    if config.chain:
+        if not config.chain.links:
+            yield "chain.links=[]: name at least one link, the words one would write to train it"
+        if config.trainer.devices > 1:
+            yield f"trainer.devices={config.trainer.devices}: a chain takes one device; run its links one by one on several"
 
 
 def _prepare(prepare: Prepare, config: Config) -> Iterator[str]:
@@ -85,6 +93,26 @@ def _model(model: Model) -> Iterator[str]:
     if sum(model.rope_dim) != model.head_dim:
         written = " + ".join(str(dim) for dim in model.rope_dim)
         yield f"model.rope_dim: must sum to model.head_dim={model.head_dim}; {written} = {sum(model.rope_dim)}"
+
+
+def _pyramid(pyramid: Pyramid, data: Data) -> Iterator[str]:
+    levels = len(pyramid.ratios)
+    if not 1 <= levels <= MOST_LEVELS:
+        yield f"stage.pyramid.ratios={list(pyramid.ratios)}: names the passes of each level; there are 1 to {MOST_LEVELS} levels"
+        return
+    if pyramid.gamma > 1 / 3 + ROUNDING:
+        yield f"stage.pyramid.gamma={pyramid.gamma:g}: no noise has correlation below -1/3 inside a 2x2 block; at most 1/3"
+    edges = [int(edge * TABLE) for edge in pyramid.edges or ()]
+    if pyramid.edges is not None and (len(edges) != levels + 1 or edges[0] or edges[-1] != TABLE or sorted(set(edges)) != edges):
+        yield (
+            f"stage.pyramid.edges={list(pyramid.edges)}: {levels} levels need {levels + 1} numbers that rise from 0 to 1, "
+            ".001 apart or more"
+        )
+    unit = 16 * 2 ** (levels - 1)
+    if any(side % unit for side in data.size):
+        fitting = [sorted({max(unit, side // unit * unit), -(-side // unit) * unit}) for side in data.size]
+        named = ", ".join(f"[{height},{width}]" for height in fitting[0] for width in fitting[1])
+        yield f"data.size={list(data.size)}: {levels} levels need sides that are multiples of {unit} pixels, such as {named}"
 
 
 def _data(data: Data, devices: int) -> Iterator[str]:

@@ -27,7 +27,7 @@ Weights = Literal["auto", "ema", "last"]
 class Task:
     """The verb."""
 
-    name: Literal["train", "prepare", "merge", "sample"]
+    name: Literal["train", "prepare", "merge", "sample", "chain"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,14 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """Keys of task=chain."""
+
+    links: tuple[str, ...]
+    sample: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """Keys of task=sample."""
 
@@ -68,7 +76,7 @@ class Sample:
     size: tuple[Pixels, Pixels] | None
     count: Positive
     sections: Positive
-    steps: Positive
+    steps: Positive | tuple[Positive, ...] | None
     guidance: AtLeast0
     solver: Literal["unipc", "euler"]
     weights: Weights
@@ -128,6 +136,21 @@ class Flow:
 
 
 @dataclass(frozen=True)
+class Pyramid:
+    """Levels of resolution, and the noise inside each."""
+
+    ratios: tuple[Positive, ...]
+    edges: tuple[Share, ...] | None
+    gamma: Above0
+    shift: Above0
+    stratified: bool
+    dynamic_shift: Literal["none", "exponential", "linear"]
+    shift_cap: Above0 | None
+    timesteps: Literal["float", "int"]
+    sigmas: Literal["table", "exact"]
+
+
+@dataclass(frozen=True)
 class Ema:
     """Moving average of the weights."""
 
@@ -136,17 +159,31 @@ class Ema:
 
 
 @dataclass(frozen=True)
-class BaseStage:
-    """Keys of stage=base."""
+class HistoryStage:
+    """What the stages that train on one section given its history have in common."""
 
-    name: Literal["base"]
     trainable: Literal["auto", "lora", "full"]
     lora: Lora
     mix: Mix
     corrupt: Corrupt
-    flow: Flow
     caption_drop: Share | None
     ema: Ema
+
+
+@dataclass(frozen=True)
+class BaseStage(HistoryStage):
+    """Keys of stage=base."""
+
+    name: Literal["base"]
+    flow: Flow
+
+
+@dataclass(frozen=True)
+class MidStage(HistoryStage):
+    """Keys of stage=mid."""
+
+    name: Literal["mid"]
+    pyramid: Pyramid
 
 
 @dataclass(frozen=True)
@@ -336,7 +373,7 @@ class Watch:
     quantiles: Count
     sample: bool
     sample_every: Count
-    sample_steps: Positive
+    sample_steps: Positive | tuple[Positive, ...]
     sample_guidance: AtLeast0
     sample_sections: Positive
 
@@ -362,7 +399,7 @@ class Config:
     """The whole config. Order matters for messages: what others interpolate (trainer, data) is read first."""
 
     task: Task
-    stage: BaseStage
+    stage: BaseStage | MidStage
     trainer: Trainer
     data: ToyData | FolderData
     recipe: Recipe
@@ -382,12 +419,13 @@ class Config:
     prepare: Prepare | None = None
     merge: Merge | None = None
     sample: Sample | None = None
+    chain: Chain | None = None
 
 
 # Group -> its classes by `name`; "" stands for any other name. A later stage is one more entry of "stage".
 GROUPS: dict[str, dict[str, type]] = {
     "task": {"": Task},
-    "stage": {"base": BaseStage},
+    "stage": {"base": BaseStage, "mid": MidStage},
     "recipe": {"": Recipe},
     "model": {"": Model},
     "codec": {"dct": DctCodec, "wan": WanCodec},
@@ -401,4 +439,4 @@ GROUPS: dict[str, dict[str, type]] = {
     "experiment": {"": Experiment},
 }
 # Task -> the class of the keys that stand under its name.
-TASKS: dict[str, type] = {"prepare": Prepare, "merge": Merge, "sample": Sample}
+TASKS: dict[str, type] = {"prepare": Prepare, "merge": Merge, "sample": Sample, "chain": Chain}

@@ -36,6 +36,7 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square")
+UNIT_AREA: Mapping[str, float] = {"circle": math.pi, "square": 4.0}  # of a shape of radius 1
 DIRECTIONS = ("right", "down-right", "down", "down-left", "left", "up-left", "up", "up-right")  # by angle, in steps of 45 degrees
 PACES = ("slowly", "quickly")  # below and above the middle of the speed range
 
@@ -126,7 +127,7 @@ def render(seed: int, index: int, spec: ToySpec) -> tuple[NDArray[np.uint8], Toy
     time = np.arange(SECTION_FRAMES * spec.sections)
     height, width = spec.size
     paths = [
-        _bounce(part, velocity * time, radius, side)
+        bounce(part, velocity * time, radius, side)
         for part, velocity, side in zip(
             start, (pixels_a_frame * math.cos(angle), pixels_a_frame * math.sin(angle)), (width, height), strict=True
         )
@@ -144,12 +145,20 @@ def render(seed: int, index: int, spec: ToySpec) -> tuple[NDArray[np.uint8], Toy
     return _draw(truth, spec.size), truth
 
 
-def _bounce(start: float, travelled: np.ndarray, radius: float, side: int) -> np.ndarray:
-    """A centre's path along one axis: `start` in [0, 1] of the free way, folded at both ends, so the shape stays in view."""
+def bounce(start: float, travelled: np.ndarray, radius: float, side: int) -> np.ndarray:
+    """A centre's path along one axis of `side` pixels, folded at both ends of the free way, so the shape stays in view.
+
+    `start` in [0, 1] of the free way; `travelled` pixels at each time, were there no borders; all in pixels.
+    """
     first, last = radius - 0.5, side - 0.5 - radius  # pixels reach half a pixel past their centres
     free = last - first
     there = np.mod(start * free + travelled, 2 * free)
     return first + np.where(there > free, 2 * free - there, there)
+
+
+def reach(shape: str, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+    """The radius at which a shape's outline passes (`dx`, `dy`) pixels, not below 0, from its centre."""
+    return np.sqrt(dx * dx + dy * dy) if shape == "circle" else np.maximum(dx, dy)
 
 
 def _draw(truth: ToyTruth, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -157,11 +166,19 @@ def _draw(truth: ToyTruth, size: tuple[int, int]) -> NDArray[np.uint8]:
     centres = np.asarray(truth.positions, dtype=np.float32)
     dx = np.abs(np.arange(size[1], dtype=np.float32) - centres[:, :1])[:, None, :]
     dy = np.abs(np.arange(size[0], dtype=np.float32) - centres[:, 1:])[:, :, None]
-    distance = np.sqrt(dx * dx + dy * dy) if truth.shape == "circle" else np.maximum(dx, dy)
-    covered = np.clip((np.float32(truth.radius + 0.5) - distance) * 255, 0, 255).astype(np.uint8)
+    covered = np.clip((np.float32(truth.radius + 0.5) - reach(truth.shape, dx, dy)) * 255, 0, 255).astype(np.uint8)
     share = np.arange(256)[:, None] / 255
     palette = share * np.array(COLOURS[truth.colour]) + (1 - share) * np.array(BACKGROUNDS[truth.background])
     return np.rint(palette).astype(np.uint8)[covered]
+
+
+def read_truth(path: Path) -> ToyTruth:
+    """What the JSON beside a toy video says of it. InputError for a file that is missing or holds something else."""
+    try:
+        told = json.loads(path.read_text())
+        return ToyTruth(**{**told, "positions": tuple((float(x), float(y)) for x, y in told["positions"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not the truth of a toy video ({error})") from None
 
 
 def render_folder(folder: Path, spec: ToySpec) -> None:

@@ -115,9 +115,10 @@ def write_folder(
     shape: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     scheduler: HeliosScheduler,
+    pipeline: Mapping[str, Any],
     manifest: ModelManifest,
 ) -> None:
-    """Writes a diffusers pipeline folder without vae and text encoder, the manifest last."""
+    """Writes a diffusers pipeline folder without vae and text encoder, the manifest last. `pipeline`: class and switches."""
     transformer = folder / "transformer"
     transformer.mkdir(parents=True, exist_ok=True)
     _write_json(transformer / "config.json", {"_class_name": BASE_CLASS, **shape})
@@ -130,7 +131,7 @@ def write_folder(
         "text_encoder": [None, None],
         "tokenizer": [None, None],
     }
-    _write_json(folder / "model_index.json", {"_class_name": "HeliosPipeline", **parts})
+    _write_json(folder / "model_index.json", {**pipeline, **parts})
     write_manifest(folder, manifest)
 
 

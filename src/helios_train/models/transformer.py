@@ -193,7 +193,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         patch = self.config.patch_size
         grid = [side // step for side, step in zip(shape[2:], patch, strict=True)]
         patches = tokens_BLD.reshape(shape[0], *grid, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3).contiguous()  # a pipeline views it as [B, -1]
 
     def compute_with(self, kernels: str = "auto", attention: str = "sdpa", compiled: bool = False) -> None:
         """The implementation of the row-wise ops (`kernels.dispatch`), the attention (`attention.BACKENDS`), and whether

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,8 +37,32 @@ class Loss:
     sums: Tensor
 
 
+class Objective(Protocol):
+    """What a stage that trains on one section given its history, and its validation, ask of an objective.
+
+    `parts` names what is measured apart (levels of a pyramid; one without a name where there is nothing to tell apart).
+    """
+
+    @property
+    def parts(self) -> tuple[str, ...]: ...
+
+    def draw(self, seed: int, iteration: int, positions: Sequence[int], shape: Sequence[int], global_batch: int) -> Any: ...
+
+    def losses(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: Any) -> Iterator[Loss]: ...
+
+    def errors(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: Any) -> Tensor: ...
+
+    def at_sigma(self, sigma: float, noise: Tensor) -> Any: ...
+
+    def at_quantiles(self, count: int, noise: Tensor) -> list[Any]: ...
+
+    def log_names(self) -> list[str]: ...
+
+
 class FlowObjective:
     """The Base objective. Knows the network as `velocity(x_t, t, text, history)`."""
+
+    parts = ("",)
 
     def __init__(self, levels: NoiseLevels):
         self.levels = levels
@@ -48,20 +73,37 @@ class FlowObjective:
         noise = torch.stack([rng.normal(rng.generator(seed, "noise", iteration, position), shape) for position in positions])
         return FlowDraw(sigma, noise)
 
+    def at_sigma(self, sigma: float, noise: Tensor) -> FlowDraw:
+        """Every sample at that level, with that noise [B, C, 9, H, W]: for measuring."""
+        return FlowDraw(np.full(len(noise), sigma, dtype=np.float32), noise)
+
+    def at_quantiles(self, count: int, noise: Tensor) -> list[FlowDraw]:
+        """`count` draws, each with all samples at one level, rising, that share the density trained on equally."""
+        return [self.at_sigma(sigma, noise) for sigma in self.levels.quantiles(count, token_count(*noise.shape[2:])).tolist()]
+
+    def losses(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: FlowDraw) -> Iterator[Loss]:
+        """The one loss, computed when it is asked for."""
+        yield self(velocity, target, text, history, draw)
+
     def __call__(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: FlowDraw) -> Loss:
         """The weighted squared error, a mean over each sample and then over the batch; times are 1000 sigma, not rounded."""
-        errors = self.errors(velocity, target, text, history, draw)
+        (errors,) = self.errors(velocity, target, text, history, draw)
         weights = torch.from_numpy(self.levels.weights(draw.sigma)).to(errors)
         return Loss((weights * errors).mean(), self._sums(errors.detach(), draw.sigma))
 
     def errors(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: FlowDraw) -> Tensor:
-        """Mean squared error of the velocity of each sample, unweighted. [B]"""
+        """Mean squared error of the velocity of each sample, unweighted. [1, B]"""
         noise = draw.noise.to(target)
         sigma = torch.from_numpy(draw.sigma).to(target)
         level = sigma[:, None, None, None, None]
         x_t = level * noise + (1 - level) * target
         predicted = velocity(x_t, STEPS * sigma, text, history)
-        return (predicted - (noise - target)).square().flatten(1).mean(dim=1)
+        return (predicted - (noise - target)).square().flatten(1).mean(dim=1)[None]
+
+    def log_names(self) -> list[str]:
+        """Names of the columns of `Loss.sums`: the bins of sigma, and all of it."""
+        edges = [f"{low / BINS:.1f}-{(low + 1) / BINS:.1f}" for low in range(BINS)]
+        return [f"loss/sigma_{edge}" for edge in edges] + ["loss"]
 
     def _sums(self, errors: Tensor, sigma: np.ndarray) -> Tensor:
         bins = np.minimum((sigma * BINS).astype(int), BINS - 1)
@@ -71,9 +113,3 @@ class FlowObjective:
                 sums[0, column] += errors[sample]
                 sums[1, column] += 1
         return sums
-
-
-def log_names() -> list[str]:
-    """Names of the columns of `Loss.sums`."""
-    edges = [f"{low / BINS:.1f}-{(low + 1) / BINS:.1f}" for low in range(BINS)]
-    return [f"loss/sigma_{edge}" for edge in edges] + ["loss"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helios_train import rng
-from helios_train.diffusion.pyramid import Pyramid
+from helios_train.diffusion.pyramid import TOP, Pyramid
 from helios_train.diffusion.schedule import STEPS
 from helios_train.history import History
 from helios_train.objectives.flow import BINS, Loss, Velocity
@@ -73,11 +73,24 @@ class PyramidFlowObjective:
         noise = torch.stack([rng.normal(rng.generator(seed, "noise", iteration, position), shape) for position in positions])
         return PyramidDraw(tuple(passes), noise)
 
-    def at(self, quantile: float, noise: Tensor) -> PyramidDraw:
-        """One pass a level, every sample at that quantile, in (0, 1], of the sigmas trained on: for measuring."""
-        place = np.full(len(noise), STEPS * (1 - quantile))
-        factors = enumerate(self._factors(noise.shape[1:]))
-        return PyramidDraw(tuple(self._pass(level, place, factor) for level, factor in factors), noise)
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The levels, measured apart."""
+        return tuple(f"level_{level}" for level in range(self.pyramid.count))
+
+    def at_sigma(self, sigma: float, noise: Tensor) -> PyramidDraw:
+        """One pass a level, every sample at that local sigma (of the table: the entry above), unshifted: for measuring."""
+        factors = [None if factor is None else 1.0 for factor in self._factors(noise.shape[1:])]
+        return self._at(min(max(STEPS * (1 - sigma / TOP), 0.0), STEPS - 1.0), factors, noise)
+
+    def at_quantiles(self, count: int, noise: Tensor) -> list[PyramidDraw]:
+        """`count` draws, each with one pass a level and all samples at one quantile, rising, of the sigmas trained on."""
+        factors = self._factors(noise.shape[1:])
+        return [self._at(STEPS * (1 - (number + 0.5) / count), factors, noise) for number in range(count)]
+
+    def _at(self, place: float, factors: Sequence[float | None], noise: Tensor) -> PyramidDraw:
+        places = np.full(len(noise), place)
+        return PyramidDraw(tuple(self._pass(level, places, factor) for level, factor in enumerate(factors)), noise)
 
     def losses(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: PyramidDraw) -> Iterator[Loss]:
         """The loss of one pass after the other, each computed when it is asked for; their totals add up to the objective.

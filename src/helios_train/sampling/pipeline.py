@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from diffusers import HeliosPipeline, HeliosScheduler, HeliosTransformer3DModel
+from diffusers import HeliosPipeline, HeliosPyramidPipeline, HeliosScheduler, HeliosTransformer3DModel
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from helios_train.diffusion.pyramid import Pyramid, block_noise
 from helios_train.errors import InputError
 from helios_train.history import FRAMES, SECTION, History
 from helios_train.models.codecs import SECTION_FRAMES, SIDE, Codec
@@ -26,24 +28,51 @@ from helios_train.models.codecs import SECTION_FRAMES, SIDE, Codec
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """How a Base model is sampled; the exporter writes the same scheduler into the folder.
+    """How a model is sampled; the exporter writes the same scheduler and pipeline into the folder.
 
-    dynamic_shift: the shift of the noise levels by the number of tokens. solver: UniPC of order 2, or Euler.
+    dynamic_shift: the shift of the noise levels by the number of tokens. solver: UniPC of order 2, or Euler. levels, edges,
+    gamma, shift: of the pyramid the model was trained on, see `diffusion.pyramid`; a Base model has one level. zero_star:
+    guidance as CFG-Zero* (Fan et al., 2025) does it, with no move in the first two steps of the first level (pyramids alone).
     """
 
     dynamic_shift: Literal["none", "exponential", "linear"] = "exponential"
     solver: Literal["unipc", "euler"] = "unipc"
+    levels: int = 1
+    edges: tuple[float, ...] | None = None
+    gamma: float = 1 / 3
+    shift: float = 1.0
+    zero_star: bool = True
 
     def scheduler(self) -> HeliosScheduler:
-        """The one-level scheduler; the shift is said outright, for the class's default is none."""
+        """The scheduler; the dynamic shift is said outright, for the class's default is none."""
         shifted = self.dynamic_shift != "none"
         return HeliosScheduler(
-            stages=1,
-            stage_range=[0, 1],
+            shift=self.shift,
+            stages=self.levels,
+            stage_range=list(self.edges or (level / self.levels for level in range(self.levels + 1))),
+            gamma=self.gamma,
             scheduler_type=self.solver,
             use_dynamic_shifting=shifted,
             time_shift_type=self.dynamic_shift if shifted else "exponential",
         )
+
+    def pipeline_index(self) -> dict[str, Any]:
+        """The pipeline's class and switches, as model_index.json has them."""
+        if self.levels == 1:
+            return {"_class_name": "HeliosPipeline"}
+        return {"_class_name": "HeliosPyramidPipeline", "is_cfg_zero_star": self.zero_star, "is_distilled": False}
+
+    def steps(self, wanted: int | tuple[int, ...] | None) -> tuple[int, ...]:
+        """Steps of each level: those wanted, one number for all levels, or (None) the published 50, and 20 a level.
+
+        InputError for another number of levels, or none.
+        """
+        if wanted is None:
+            wanted = 50 if self.levels == 1 else 20
+        steps = (wanted,) * self.levels if isinstance(wanted, int) else tuple(wanted)
+        if len(steps) != self.levels or min(steps) < 1:
+            raise InputError(f"a sample in {list(steps)} steps: the model has {self.levels} levels, each takes at least one")
+        return steps
 
 
 class Denoiser(Protocol):
@@ -69,30 +98,61 @@ def followed_by(history: History, latents: Tensor) -> History:
     return History(frames, anchor, counts, (True,) * len(counts))
 
 
-def build_pipeline(transformer: HeliosTransformer3DModel, codec: Codec, settings: SamplerSettings) -> HeliosPipeline:
+Pipeline: TypeAlias = HeliosPipeline | HeliosPyramidPipeline
+
+
+class PyramidPipeline(HeliosPyramidPipeline):
+    """diffusers' pipeline with block noise in closed form: its Cholesky factor does not exist at gamma = 1/3 (on a CPU it fails).
+
+    A list of generators, one a video, gives each video its own noise, as everywhere else.
+    """
+
+    def sample_block_noise(
+        self,
+        batch_size: int,
+        channel: int,
+        num_frames: int,
+        height: int,
+        width: int,
+        patch_size: tuple[int, ...] = (1, 2, 2),
+        device: torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Noise [B, C, T, H, W] with variance 1 and correlation -gamma inside each 2x2 block."""
+        shape = (batch_size, channel, num_frames, height, width)
+        return block_noise(randn_tensor(shape, generator=generator, device=device), self.scheduler.config.gamma)
+
+
+def build_pipeline(transformer: HeliosTransformer3DModel, codec: Codec, settings: SamplerSettings) -> Pipeline:
     """The pipeline around a live transformer and the codec's vae, without text encoder and without progress bars."""
-    pipeline = HeliosPipeline(
-        tokenizer=None, text_encoder=None, vae=codec.vae, scheduler=settings.scheduler(), transformer=transformer
-    )
+    parts = {
+        "tokenizer": None,
+        "text_encoder": None,
+        "vae": codec.vae,
+        "scheduler": settings.scheduler(),
+        "transformer": transformer,
+    }
+    many = settings.levels > 1
+    pipeline = PyramidPipeline(**parts, is_cfg_zero_star=settings.zero_star) if many else HeliosPipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @dataclass(frozen=True)
-class OneLevel:
-    """Sections by HeliosPipeline, in `steps` steps at full resolution.
+class Sections:
+    """Sections by a pipeline: in `steps` steps of each level, one at full resolution or several, coarse to fine.
 
     Null text is all zeros, as in training; with `guidance` <= 1 it is not run. Noise comes from `generator`; one a video makes a
     video's noise independent of what else is in the batch. The transformer samples in eval mode and gets its mode back.
     """
 
-    pipeline: HeliosPipeline
-    steps: int
+    pipeline: Pipeline
+    steps: tuple[int, ...]
     guidance: float
     generator: torch.Generator | list[torch.Generator]
 
     def __call__(self, section: int, text: Tensor, history: History) -> Tensor:
-        """One section. InputError for sides that 16 does not divide, no steps, or text of another width."""
+        """One section. InputError for sides that do not divide (16 pixels a level 0, twice that a level more) or other text."""
         device = self.pipeline.transformer.device
         text, history = text.to(device), history.to(device)
         self._check(text, history)
@@ -104,7 +164,7 @@ class OneLevel:
                 height=SIDE * history.frames.shape[-2],
                 width=SIDE * history.frames.shape[-1],
                 num_frames=SECTION_FRAMES,
-                num_inference_steps=self.steps,
+                **self._steps(),
                 guidance_scale=self.guidance,
                 generator=self.generator,
                 image_latents=history.anchor,
@@ -115,12 +175,13 @@ class OneLevel:
             ).frames
         return latents[:, :, -SECTION:].contiguous()
 
+    def _steps(self) -> dict[str, Any]:
+        if isinstance(self.pipeline, HeliosPyramidPipeline):
+            return {"pyramid_num_inference_steps_list": list(self.steps)}
+        return {"num_inference_steps": self.steps[0]}
+
     def _check(self, text: Tensor, history: History) -> None:
-        height, width = (SIDE * side for side in history.frames.shape[-2:])
-        if height % 16 or width % 16:
-            raise InputError(f"a sample of {height}x{width} pixels: both sides must be multiples of 16")
-        if self.steps < 1:
-            raise InputError(f"a sample in {self.steps} steps: at least one is needed")
+        Pyramid(len(self.steps)).sizes(*history.frames.shape[-2:])
         wide = self.pipeline.transformer.config.text_dim
         if text.dim() != 3 or text.shape[-1] != wide:
             raise InputError(f"text {list(text.shape)}: the transformer takes [B, rows, {wide}]; use the encoder of its training")
@@ -145,7 +206,7 @@ def _sampling(transformer: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _no_pixels(pipeline: HeliosPipeline) -> Iterator[None]:
+def _no_pixels(pipeline: Pipeline) -> Iterator[None]:
     """The pipeline decodes each section even when only latents are asked for; inside, its vae decodes to nothing."""
     vae = pipeline.vae
     pipeline.vae = _LatentsOnly(vae)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from helios_train.data.batch import Window
 from helios_train.history import History, corrupt, mix
-from helios_train.objectives.flow import FlowDraw, FlowObjective, log_names
+from helios_train.objectives.flow import Objective
 from helios_train.stages.stage import Stage
 
 
@@ -16,14 +17,14 @@ class Draws:
 
     mix: list[mix.MixDraw]
     corrupt: list[corrupt.CorruptDraw]
-    flow: FlowDraw
+    flow: Any  # what the objective draws
 
 
 @dataclass(frozen=True)
 class BaseRecipe:
-    """What a Base run does to its history and which levels it trains, the seed of it all, and the samples an iteration."""
+    """What a run does to its history and what it trains, the seed of it all, and the samples an iteration."""
 
-    objective: FlowObjective
+    objective: Objective
     mix: mix.Mix
     corrupt: corrupt.Corrupt
     seed: int
@@ -43,8 +44,9 @@ class BaseStage(Stage):
         for window in micro_batches:
             draws = self.draws(window)
             history = self.history(window, draws)
-            loss = self.recipe.objective(self.transformer.velocity, window.target, window.text, history, draws.flow)
-            self.backward_part(loss.total, loss.sums, len(micro_batches))
+            given = window.target, window.text, history, draws.flow
+            for loss in self.recipe.objective.losses(self.transformer.velocity, *given):
+                self.backward_part(loss.total, loss.sums, len(micro_batches))
         self.update()
 
     def draws(self, window: Window) -> Draws:
@@ -62,5 +64,5 @@ class BaseStage(Stage):
         return corrupt.apply(mix.apply(window.history, draws.mix), draws.corrupt)
 
     def log_names(self) -> list[str]:
-        """Loss by bin of sigma, and overall."""
-        return log_names()
+        """The objective's: losses by bin of sigma (in mid by level too), and overall."""
+        return self.recipe.objective.log_names()

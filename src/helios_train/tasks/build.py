@@ -16,8 +16,10 @@ from torch.optim import AdamW, Optimizer
 
 from helios_train.conf.compose import typed
 from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
+from helios_train.conf.schema import MidStage as MidStageKeys
 from helios_train.data.module import LoadSettings, WindowModule
 from helios_train.data.toy import ToySpec
+from helios_train.diffusion.pyramid import Pyramid
 from helios_train.diffusion.schedule import NoiseLevels
 from helios_train.errors import InputError
 from helios_train.history.corrupt import Corrupt
@@ -33,10 +35,12 @@ from helios_train.models.precision import DTYPES
 from helios_train.models.text import HashText, TextEncoder
 from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer
-from helios_train.objectives.flow import FlowObjective
+from helios_train.objectives.flow import FlowObjective, Objective
+from helios_train.objectives.pyramid_flow import PyramidFlowObjective
 from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.base import BaseRecipe, BaseStage
+from helios_train.stages.mid import MidStage
 from helios_train.stages.stage import LearningRate, Stage
 
 Encoders = Mapping[str, Mapping[str, Any]]  # "codec" and "text": name, and fingerprint, rows and dim where they are known
@@ -211,7 +215,8 @@ def start(config: Config, weights: str = "auto") -> Start:
     if known is None:
         return Start(transformer, base=manifest.fingerprint(path))
     try:
-        settings = SamplerSettings(**known.sampler)
+        edges = known.sampler.get("edges")
+        settings = SamplerSettings(**known.sampler | {"edges": tuple(edges) if edges else None})
     except TypeError as error:
         raise InputError(f"{path / manifest.NAME}: sampler has unknown settings ({error}); merge the run again") from error
     learned = {"codec": known.codec, "text": known.text}
@@ -259,25 +264,42 @@ def lora(config: Config) -> adapters.Lora:
     return adapters.Lora(**asdict(config.stage.lora))
 
 
+def objective(config: Config) -> Objective:
+    """What the stage trains."""
+    if isinstance(config.stage, MidStageKeys):
+        keys = config.stage.pyramid
+        return PyramidFlowObjective(
+            Pyramid(len(keys.ratios), keys.edges, keys.gamma, keys.shift),
+            ratios=keys.ratios,
+            dynamic=keys.dynamic_shift,
+            cap=keys.shift_cap,
+            timesteps=keys.timesteps,
+            sigmas=keys.sigmas,
+            stratified=keys.stratified,
+        )
+    flow = config.stage.flow
+    levels = NoiseLevels(
+        density=flow.density,
+        mean=flow.logit_mean,
+        std=flow.logit_std,
+        mode_scale=flow.mode_scale,
+        stratified=flow.stratified,
+        fixed=flow.shift,
+        dynamic=flow.dynamic_shift,
+        cap=flow.shift_cap,
+        weighting=flow.weighting,
+    )
+    return FlowObjective(levels)
+
+
 def base_recipe(config: Config) -> BaseRecipe:
-    """Objective, history mix and corruption of the Base stage."""
+    """Objective, history mix and corruption of a stage that trains on one section given its history."""
     stage = config.stage
     mix, corrupt = asdict(stage.mix), asdict(stage.corrupt)
     group = {"sample": 1, "micro_batch": config.data.micro_batch}
     mix_group, corrupt_group = group[mix.pop("draw")], group[corrupt.pop("draw")]
-    levels = NoiseLevels(
-        density=stage.flow.density,
-        mean=stage.flow.logit_mean,
-        std=stage.flow.logit_std,
-        mode_scale=stage.flow.mode_scale,
-        stratified=stage.flow.stratified,
-        fixed=stage.flow.shift,
-        dynamic=stage.flow.dynamic_shift,
-        cap=stage.flow.shift_cap,
-        weighting=stage.flow.weighting,
-    )
     return BaseRecipe(
-        FlowObjective(levels),
+        objective(config),
         Mix(**mix, group=mix_group),
         Corrupt(**corrupt, group=corrupt_group),
         config.seed,
@@ -329,7 +351,8 @@ def stage(config: Config) -> BaseStage:
 
 def stage_of(config: Config, transformer: HeliosTransformer) -> BaseStage:
     """The stage over a transformer that is ready to train."""
-    return BaseStage(
+    kind = MidStage if isinstance(config.stage, MidStageKeys) else BaseStage
+    return kind(
         base_recipe(config),
         transformer=transformer,
         optimizer=partial(optimizer, config),
@@ -346,9 +369,13 @@ def ema(config: Config, stage: Stage) -> Ema | None:
 
 
 def sampler(config: Config) -> SamplerSettings:
-    """How the trained model is sampled: shifted as trained, and where training has no dynamic shift, as diffusers' pipeline."""
-    dynamic = config.stage.flow.dynamic_shift
+    """How the trained model is sampled: shifted as trained, and where training has no dynamic shift, as diffusers' pipelines."""
     solver = config.sample.solver if config.sample else "unipc"
+    if isinstance(config.stage, MidStageKeys):
+        keys = config.stage.pyramid
+        linear = keys.dynamic_shift if keys.dynamic_shift != "none" else "linear"
+        return SamplerSettings(linear, solver, len(keys.ratios), keys.edges, keys.gamma, keys.shift)
+    dynamic = config.stage.flow.dynamic_shift
     return SamplerSettings(dynamic if dynamic != "none" else "exponential", solver)
 
 

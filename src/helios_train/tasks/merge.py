@@ -61,8 +61,9 @@ def merge(source: Path, output: Path, weights: str, adapter_only: bool = False) 
             manifest.write_manifest(unfinished, replace(run_.model_manifest(), adapters=own))
         else:
             about = replace(run_.model_manifest(), adapters=_copy_earlier(run_, unfinished) | own)
-            scheduler = build.sampler(run_.config).scheduler()
-            manifest.write_folder(unfinished, manifest.shape_of(adapted), plain, scheduler, about)
+            settings = build.sampler(run_.config)
+            index = settings.pipeline_index()
+            manifest.write_folder(unfinished, manifest.shape_of(adapted), plain, settings.scheduler(), index, about)
             check_forward(adapted, load_transformer(unfinished, adapted.proj_out.weight.dtype))
     return [file for files in own.values() for file in files]
 

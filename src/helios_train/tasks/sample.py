@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from helios_train import rng
@@ -19,15 +17,16 @@ from helios_train.conf import compose
 from helios_train.conf.schema import Config, Sample
 from helios_train.data.toy import ToySpec, caption_of, parse_caption, render
 from helios_train.errors import InputError
-from helios_train.evaluation import toy
+from helios_train.evaluation.toy import ToyTrack, join_tracks, track
+from helios_train.evaluation.toy_verdict import judge
 from helios_train.models import manifest
-from helios_train.models.codecs import SECTION_FRAMES, Codec
+from helios_train.models.codecs import Codec
 from helios_train.models.text import pad
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.run import RunFolder
 from helios_train.sampling.inputs import ImageStart, VideoStart, load_image, load_video
 from helios_train.sampling.output import SavedVideo, VideoFiles
-from helios_train.sampling.pipeline import OneLevel, SamplerSettings, build_pipeline, grown, pixels
+from helios_train.sampling.pipeline import SamplerSettings, Sections, build_pipeline, grown, pixels
 from helios_train.sampling.script import Script
 from helios_train.sampling.start import from_nothing
 from helios_train.tasks import build
@@ -57,7 +56,9 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     build.computes(config, begun.transformer, trains=False)
     transformer = begun.transformer.to(device)
     settings = replace(begun.sampler or build.sampler(config), solver=wanted.solver)
-    sampler = VideoSampler(codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress)
+    sampler = VideoSampler(
+        codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress, toy_speed=toy_speed(config)
+    )
     print(f"{config.init}: {size[0]}x{size[1]} pixels, codec {codec.name}, text {text.name}, on {device}", flush=True)
     if start:
         print("\n".join([f"from {start.path}", *(f"  {note}" for note in start.notes)]), flush=True)
@@ -146,7 +147,8 @@ class VideoSampler:
     """Samples prompts with one codec, text encoder and sampler, `size` = (H, W) in pixels.
 
     A video's noise is a function of (seed, number). `start`: what every video begins from, nothing by default. `told` hears
-    after each section how many of how many are done.
+    after each section how many of how many are done. `toy_speed`: the range that parts slow from quick in captions of toy videos,
+    pixels a frame for a shorter side of 64.
     """
 
     def __init__(
@@ -160,10 +162,11 @@ class VideoSampler:
         *,
         start: ImageStart | VideoStart | None = None,
         told: Callable[[int, int], None] | None = None,
+        toy_speed: tuple[float, float] = ToySpec.speed,
     ):
         self.codec, self.text, self.settings = codec, text, settings
         self.size, self.fps, self.seed = size, fps, seed
-        self.start, self.told = start, told
+        self.start, self.told, self.toy_speed = start, told, toy_speed
 
     def sample(
         self,
@@ -171,26 +174,27 @@ class VideoSampler:
         prompt: str | Script,
         number: int,
         sections: int,
-        steps: int,
+        steps: int | tuple[int, ...] | None,
         guidance: float,
         folder: Path,
     ) -> tuple[SavedVideo, dict[str, Any]]:
         """One video into `folder`, written as its sections come; toy captions are judged, others give no figures."""
         script = _as_script(prompt)
         caption = script.captions[0][1]
+        each = self.settings.steps(steps)
         name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', caption.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
-        judge = len(script.captions) == 1 and parse_caption(caption) is not None
-        tracks: list[toy.ToyTrack] = []
+        judging = len(script.captions) == 1 and parse_caption(caption) is not None
+        tracks: list[ToyTrack] = []
         with VideoFiles(folder, name, self.fps, sections) as files:
-            for done, latents in enumerate(self._sections(transformer, script, number, (sections, steps, guidance)), start=1):
+            for done, latents in enumerate(self._sections(transformer, script, number, (sections, each, guidance)), start=1):
                 frames = pixels(self.codec, latents)[0]
                 files.add(frames)
-                if judge:
-                    tracks.append(toy.track(frames))
+                if judging:
+                    tracks.append(track(frames))
                 if self.told:
                     self.told(done, sections)
-            judged = dict(toy.judge(joined(tracks), caption)) if judge else {}
-            facts: dict[str, Any] = {"seed": self.seed, "number": number, "steps": steps, "guidance": guidance, "toy": judged}
+            judged = dict(judge(join_tracks(tracks), caption, self.toy_speed)) if judging else {}
+            facts: dict[str, Any] = {"seed": self.seed, "number": number, "steps": each, "guidance": guidance, "toy": judged}
             if len(script.captions) > 1:
                 facts |= {"script": script.captions, "crossfade": script.crossfade}
             if self.start:
@@ -198,7 +202,7 @@ class VideoSampler:
             return files.finish(_caption(prompt), facts), judged
 
     def _sections(
-        self, transformer: HeliosTransformer, script: Script, number: int, plan: tuple[int, int, float]
+        self, transformer: HeliosTransformer, script: Script, number: int, plan: tuple[int, tuple[int, ...], float]
     ) -> Iterator[Tensor]:
         """Latents of one section after the other; `plan` is (sections, steps, guidance)."""
         count, steps, guidance = plan
@@ -206,7 +210,7 @@ class VideoSampler:
         generator = rng.torch_generator(self.seed, "sample", number)
         nothing = from_nothing(1, self.codec.channels, self.size)
         history = self.start.history(self.codec, generator) if self.start else nothing
-        denoise = OneLevel(build_pipeline(transformer, self.codec, self.settings), steps, guidance, generator)
+        denoise = Sections(build_pipeline(transformer, self.codec, self.settings), steps, guidance, generator)
         return grown(denoise, script.texts(embeddings, count), history)
 
 
@@ -219,31 +223,6 @@ def _caption(prompt: str | Script) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"from section {start}: {text}" for start, text in prompt.captions)
 
 
-def joined(tracks: list[toy.ToyTrack]) -> toy.ToyTrack:
-    """The track of a video whose sections were followed one by one, so that no more than one has to be held.
-
-    Steps across borders are between the sections' centres; colours are those of the name that most sections have.
-    """
-    centres = np.concatenate([part.centres for part in tracks])
-    steps = np.linalg.norm(np.diff(centres, axis=0), axis=1)
-    seen, border = np.isfinite(steps), np.arange(1, len(centres)) % SECTION_FRAMES == 0
-    inside, across = steps[seen & ~border], steps[seen & border]
-    background_name = Counter(part.background_name for part in tracks).most_common(1)[0][0]
-    colour_name = Counter(part.colour_name for part in tracks).most_common(1)[0][0]
-    return toy.ToyTrack(
-        background=next(part.background for part in tracks if part.background_name == background_name),
-        background_name=background_name,
-        colour=next(part.colour for part in tracks if part.colour_name == colour_name),
-        colour_name=colour_name,
-        centres=centres,
-        area=np.concatenate([part.area for part in tracks]),
-        motion=float(inside.mean()) if len(inside) else math.nan,
-        border_jump=float(across.mean()) if len(across) else math.nan,
-        border_jump_max=float(across.max()) if len(across) else math.nan,
-        found=float(np.isfinite(centres[:, 0]).mean()),
-    )
-
-
 def toy_captions(config: Config, count: int) -> list[str]:
     """Captions as toy videos have them, drawn by seed."""
     spec = build.toy_spec(config) or ToySpec()
@@ -251,11 +230,21 @@ def toy_captions(config: Config, count: int) -> list[str]:
     return [caption_of(truth, spec.motion_in_caption) for truth in truths]
 
 
+def toy_speed(config: Config) -> tuple[float, float]:
+    """The range of speeds in the toy videos of a config, or of the toy world's own."""
+    return (build.toy_spec(config) or ToySpec()).speed
+
+
 def summary(figures: list[dict[str, Any]]) -> str:
-    """The crude tracker's figures over all videos, a line: names right, and the mean step across section borders beside the
-    mean step inside sections (pixels a frame)."""
+    """The tracker's figures over all videos, a line: names right, directions and paces where captions say them, and the mean step
+    across section borders beside the mean step inside sections (pixels a frame)."""
     right = sum(bool(f["colour_right"] and f["background_right"]) for f in figures)
-    line = f"toy tracker: colour and background right in {right} of {len(figures)}"
+    shapes = sum(bool(f["shape_right"]) for f in figures)
+    line = f"toy tracker: colour and background right in {right} of {len(figures)}, shape in {shapes}"
+    said = [f for f in figures if f["direction_right"] is not None]
+    if said:
+        counts = (sum(bool(f[name]) for f in said) for name in ("direction_right", "pace_right"))
+        line += ", direction in {} and pace in {} of {}".format(*counts, len(said))
     moving = [f for f in figures if math.isfinite(f["ratio"]) and math.isfinite(f["motion"])]
     if not moving:
         return line

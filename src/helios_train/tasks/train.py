@@ -157,7 +157,7 @@ def watchers(config: Config, folder: RunFolder, stage: Stage, data: WindowModule
         callbacks.append(EmaCallback(ema))
     callbacks.append(Throughput(config.trainer.log_every, config.data.global_batch, partial(_measured, config, folder, done)))
     if config.watch.every and config.data.held_out:
-        objective = build.base_recipe(config).objective
+        objective = build.objective(config)
         watch = config.watch
         callbacks.append(HeldOut(objective, watch.sigmas, watch.quantiles, watch.clips, watch.every, config.seed, ema))
     if config.watch.sample:

@@ -80,7 +80,8 @@ def video_sampler(config: Config, folder: RunFolder, transformer: HeliosTransfor
     clip = data.held_out[0] if data.held_out else 0
     text = StoredCaption(data.store, clip, config.text.rows)
     settings = replace(build.sampler(config), solver="euler")
-    sampler = sample.VideoSampler(build.codec(config), text, settings, config.data.size, FPS, config.seed)
+    speed = sample.toy_speed(config)
+    sampler = sample.VideoSampler(build.codec(config), text, settings, config.data.size, FPS, config.seed, toy_speed=speed)
 
     @torch.no_grad()
     def _sample(iteration: int) -> Clip:
