@@ -38,7 +38,7 @@ MANIFEST = ModelManifest(
 
 
 def write(folder: Path, model: HeliosTransformer) -> None:
-    write_folder(folder, shape_of(model), model.state_dict(), HeliosScheduler(), MANIFEST)
+    write_folder(folder, shape_of(model), model.state_dict(), HeliosScheduler(), {"_class_name": "HeliosPipeline"}, MANIFEST)
 
 
 def test_round_trip(tmp_path: Path, ours: HeliosTransformer) -> None:
