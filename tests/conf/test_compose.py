@@ -117,6 +117,7 @@ def test_keys_that_exclude_one_another() -> None:
         (["stage.pyramid.ratios=[]"], "there are 1 to 4 levels"),
         (["stage.pyramid.ratios=[1,1,1,1,1]"], "there are 1 to 4 levels"),
         (["stage.pyramid.gamma=0.4"], "at most 1/3"),
+        (["stage.pyramid.shift=2"], "leave it at 1"),
         (["stage.pyramid.edges=[0,0.5,1]"], "3 levels need 4 numbers that rise from 0 to 1"),
         (["stage.pyramid.edges=[0,0.5,0.4,1]"], "that rise from 0 to 1"),
         (["stage.pyramid.edges=[0,0.5,0.6,0.9]"], "from 0 to 1"),
