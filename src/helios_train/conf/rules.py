@@ -104,8 +104,8 @@ def _pyramid(pyramid: Pyramid, data: Data) -> Iterator[str]:
         yield f"stage.pyramid.gamma={pyramid.gamma:g}: no noise has correlation below -1/3 inside a 2x2 block; at most 1/3"
     if pyramid.shift != 1:
         yield (
-            f"stage.pyramid.shift={pyramid.shift:g}: diffusers' scheduler has no fixed shift beside the dynamic one that pyramids are "
-            "sampled with; leave it at 1"
+            f"stage.pyramid.shift={pyramid.shift:g}: diffusers' scheduler has no fixed shift beside the dynamic one that "
+            "pyramids are sampled with; leave it at 1"
         )
     edges = [int(edge * TABLE) for edge in pyramid.edges or ()]
     if pyramid.edges is not None and (len(edges) != levels + 1 or edges[0] or edges[-1] != TABLE or sorted(set(edges)) != edges):
