@@ -26,6 +26,7 @@ from helios_train.data.video import centre_crop_resize, read_frames, write_mp4
 from helios_train.errors import InputError
 from helios_train.models.codecs import Codec, dct_codec
 from helios_train.models.text import HashText
+from helios_train.tasks import prepare as prepare_module
 from helios_train.tasks.prepare import PrepareSettings, prepare_folder, settings_of
 
 from ..data import videos as made
@@ -166,6 +167,16 @@ def test_another_plan_is_never_written_over(videos: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="another folder or delete it; nothing was overwritten"):
         prepare_folder(videos, tmp_path, CODEC, TEXT, SIZE, settings=PrepareSettings(shard_samples=3, part=(2, 2)))
     assert digest(tmp_path) == before
+
+
+def test_runs_of_any_seed_share_the_toy_videos(tmp_path: Path) -> None:
+    words = ["data.size=[32,48]", "data.toy.clips=2", "data.toy.sections=1", f"data.root={tmp_path / 'toy'}", "data.held_out=1"]
+    for seed in (0, 1):
+        config = compose.compose([*words, f"seed={seed}", "task=prepare"])
+        assert prepare_module.prepared(config) is not None, seed
+    other = compose.compose([*words, "data.toy.seed=1", "task=prepare"])
+    with pytest.raises(InputError, match="another spec"):
+        prepare_module.prepared(other)
 
 
 def test_plain_webdataset_reads_both_columns_in_one_order(prepared: tuple[Path, Manifest], videos: Path) -> None:

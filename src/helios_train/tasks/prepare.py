@@ -73,12 +73,15 @@ def run(config: Config, raw: dict[str, Any]) -> None:
 
 
 def prepared(config: Config) -> Manifest | None:
-    """The dataset of `data.root`, None while other parts of it are missing; videos are rendered first where data=toy."""
+    """The dataset of `data.root`, None while other parts of it are missing; videos are rendered first where data=toy.
+
+    Toy videos have a seed of their own: runs of any `seed` share them.
+    """
     root, spec, source = Path(config.data.root), build.toy_spec(config), build.source(config)
     if spec is not None:
         render_folder(source, spec)
-    encoders = build.codec(config), build.text(config)
-    return prepare_folder(source, root, *encoders, config.data.size, settings=settings_of(config), seed=config.seed)
+    encoders, seed = (build.codec(config), build.text(config)), spec.seed if spec else config.seed
+    return prepare_folder(source, root, *encoders, config.data.size, settings=settings_of(config), seed=seed)
 
 
 def toy_shards(config: Config) -> None:
