@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from helios_train.errors import HeliosError
-from helios_train.stages.stage import LearningRate, Stage
+from helios_train.stages.stage import Stage
+from helios_train.stages.trainee import LearningRate
 from helios_train.tasks import build
 
 Run = Callable[..., None]
@@ -124,7 +125,7 @@ def test_an_update_that_is_not_finite_is_skipped(
         assert same(seen.before[number], seen.after[number]) == (number == 2)
     assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [0, 0, 1, 1, 1][:steps]
     content = torch.load(max((tmp_path / "run" / "checkpoints").iterdir()), weights_only=True)
-    assert content["counters"] == {"skipped": 1} and content["global_step"] == steps
+    assert content["counters"] == {"skipped": [1]} and content["global_step"] == steps
     assert all(value.isfinite().all() for value in content["state_dict"].values())
 
 

@@ -11,7 +11,7 @@ from helios_train.stages.stage import Stage
 
 
 class EmaCallback(L.Callback):
-    """Updates the average after every iteration."""
+    """Updates the average after every iteration that trained what it follows."""
 
     def __init__(self, ema: Ema):
         self.ema = ema
@@ -21,7 +21,8 @@ class EmaCallback(L.Callback):
     ) -> None:
         """After the optimizer step."""
         assert isinstance(pl_module, Stage)
-        self.ema.update(pl_module.masters.masters)
+        if pl_module.averages_now:
+            self.ema.update(pl_module.masters.masters)
 
     def state_dict(self) -> dict[str, Any]:
         """Under the callback's name in the checkpoint."""

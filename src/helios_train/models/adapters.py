@@ -11,24 +11,29 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from helios_train import rng
+from helios_train.errors import InputError
+from helios_train.models.checkpoint import audit
 from helios_train.models.precision import dtype_of
 from helios_train.models.transformer import HISTORY_PATCHES, HeliosTransformer
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters of one link: rank and alpha, on the patch embedding too, and the history patches trained in full beside them."""
+    """Adapters of one link: rank and alpha, on the patch embedding too, and the history patches trained in full beside them, or
+    adapted as well (`history_adapters`)."""
 
     rank: int = 128
     alpha: float = 128.0
     patch_embedding: bool = True
     history_patches: bool = True
+    history_adapters: bool = False
 
 
 def lora_targets(transformer: HeliosTransformer, lora: Lora) -> list[str]:
-    """Every Linear whose dotted name has no "norm", and the patch embedding where asked."""
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear) and "norm" not in name]
-    return names + ["patch_embedding"] * lora.patch_embedding
+    """Every Linear whose dotted name has no "norm", and the patch layers where asked; with adapters on it or not."""
+    modules = ((name, module) for name, module in transformer.named_modules() if ".lora_" not in name)
+    names = [name.removesuffix(".base_layer") for name, module in modules if isinstance(module, nn.Linear) and "norm" not in name]
+    return names + ["patch_embedding"] * lora.patch_embedding + list(HISTORY_PATCHES) * lora.history_adapters
 
 
 def train_everything(transformer: HeliosTransformer) -> None:
@@ -37,21 +42,69 @@ def train_everything(transformer: HeliosTransformer) -> None:
 
 
 def add_lora(transformer: HeliosTransformer, role: str, lora: Lora, seed: int) -> None:
-    """Freezes the transformer and puts one adapter on it: A normal with std 1 / rank, B zero; norms stay frozen."""
-    transformer.requires_grad_(False)
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        init_lora_weights="gaussian",
-        target_modules=lora_targets(transformer, lora),
+    """Freezes the transformer and puts one adapter on it: A normal with std 1 / rank, B zero; norms stay frozen.
+
+    Adapters that are there already go on training, or not, as they did.
+    """
+    _inject(
+        transformer,
+        role,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            init_lora_weights="gaussian",
+            target_modules=lora_targets(transformer, lora),
+        ),
+        seed,
     )
-    dtype = transformer.proj_out.weight.dtype
-    with rng.forked(seed, f"adapter {role}"):
-        inject_adapter_in_model(config, transformer, adapter_name=role)
     for name, parameter in transformer.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(dtype_of(name.split(".lora_")[0], dtype))
-        parameter.requires_grad = f".{role}." in f"{name}." or (lora.history_patches and name.split(".")[0] in HISTORY_PATCHES)
+        if f".{role}." in f"{name}." or (lora.history_patches and name.split(".")[0] in HISTORY_PATCHES):
+            parameter.requires_grad = True
+
+
+@torch.no_grad()
+def add_frozen(transformer: HeliosTransformer, name: str, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Puts the adapter of an earlier link on the transformer, under `name`; it does not train.
+
+    tensors: as `link_state` gives them, their scale in B. InputError names a layer of `where` that this model lacks, or a tensor
+    that does not fit.
+    """
+    layers = {key.removeprefix("transformer.").partition(".lora_")[0] for key in tensors}
+    ranks = {layer: tensors[f"transformer.{layer}.lora_B.weight"].shape[1] for layer in layers}
+    unknown = sorted(layers - set(lora_targets(transformer, Lora(history_adapters=True))))
+    if unknown:
+        raise InputError(
+            f"{where}: has an adapter for {unknown[0]}, which this model lacks; take the adapters of its own lineage"
+        )
+    _inject(
+        transformer,
+        name,
+        LoraConfig(
+            r=max(ranks.values()),
+            lora_alpha=max(ranks.values()),
+            rank_pattern=ranks,
+            alpha_pattern=ranks,
+            target_modules=sorted(layers),
+        ),
+        0,
+    )
+    found = {key: parameter for key, parameter in transformer.named_parameters() if f".{name}." in key}
+    given = {key.removeprefix("transformer.").replace(".weight", f".{name}.weight"): value for key, value in tensors.items()}
+    audit({key: tuple(parameter.shape) for key, parameter in found.items()}, given, where)
+    for key, parameter in found.items():
+        parameter.copy_(given[key])
+
+
+def _inject(transformer: HeliosTransformer, name: str, config: LoraConfig, seed: int) -> None:
+    """PEFT's injection, which changes what trains; here every flag stays, all of the base and the new adapter are frozen."""
+    training = {key for key, parameter in transformer.named_parameters() if parameter.requires_grad and ".lora_" in key}
+    dtype = transformer.proj_out.weight.dtype
+    with rng.forked(seed, f"adapter {name}"):
+        inject_adapter_in_model(config, transformer, adapter_name=name)
+    for key, parameter in transformer.named_parameters():
+        if f".{name}." in key:
+            parameter.data = parameter.data.to(dtype_of(key.split(".lora_")[0], dtype))
+        parameter.requires_grad = key in training
 
 
 def trainable(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,8 +7,11 @@ from typing import Any
 
 from helios_train.data.batch import Window
 from helios_train.history import History, corrupt, mix
+from helios_train.models.adapters import trainable
+from helios_train.models.transformer import HeliosTransformer
 from helios_train.objectives.flow import Objective
 from helios_train.stages.stage import Stage
+from helios_train.stages.trainee import Trainee, Training
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class BaseRecipe:
 class BaseStage(Stage):
     """Trains `velocity(x_t, t, text, history)`."""
 
-    def __init__(self, recipe: BaseRecipe, **shared: object):
-        """`shared`: the arguments of Stage."""
-        super().__init__(**shared)  # type: ignore[arg-type]
+    def __init__(self, recipe: BaseRecipe, transformer: HeliosTransformer, how: Training):
+        """Trains what of the transformer requires a gradient."""
+        super().__init__(transformer, [Trainee(trainable(transformer), how, recipe.objective.log_names())])
         self.recipe = recipe
 
     def training_step(self, micro_batches: list[Window], batch_idx: int) -> None:
@@ -62,7 +65,3 @@ class BaseStage(Stage):
     def history(self, window: Window, draws: Draws) -> History:
         """What the network sees of the past: the mix first, then the corruption."""
         return corrupt.apply(mix.apply(window.history, draws.mix), draws.corrupt)
-
-    def log_names(self) -> list[str]:
-        """The objective's: losses by bin of sigma (in mid by level too), and overall."""
-        return self.recipe.objective.log_names()

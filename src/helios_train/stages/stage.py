@@ -3,116 +3,89 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import lightning as L
-import torch
-import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from helios_train.memory.places import read
-from helios_train.models.adapters import trainable
+from helios_train.models.checkpoint import audit
 from helios_train.models.precision import Masters
 from helios_train.models.transformer import HeliosTransformer
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """Learning rate as a function of the iteration: linear warm-up, then constant, linear or cosine decay over the last share.
-
-    `base`: rate at its height. `warmup`: iterations. `decay`: last share of `total` iterations over which it falls to 0.
-    """
-
-    base: float
-    schedule: str = "constant"
-    warmup: int = 0
-    decay: float = 0.0
-    total: int = 1
-
-    def __call__(self, iteration: int) -> float:
-        """The rate of the step that ends iteration `iteration`, counted from 0."""
-        rate = self.base * min(1.0, (iteration + 1) / self.warmup) if self.warmup else self.base
-        tail = self.decay * self.total
-        if self.schedule == "constant" or tail == 0:
-            return rate
-        left = min(1.0, max(0.0, (self.total - iteration) / tail))
-        return rate * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+from helios_train.stages.trainee import Trainee
 
 
 class Stage(L.LightningModule):
     """A LightningModule whose weights are what trains, by name, in fp32; frozen weights are in no checkpoint.
 
-    A subclass's `training_step` calls `backward_part` for each micro-batch and `update` once.
+    A subclass's `training_step` calls `backward_part` for each part of an iteration and `update` once for each trainee. The
+    first trainee is what validation, moving average and merging mean; the last is stepped in every iteration, through
+    Lightning's wrapper, which counts; others are stepped raw.
     """
 
-    def __init__(self, transformer: HeliosTransformer, optimizer: OptimizerFactory, rate: LearningRate, clip: float):
+    def __init__(self, transformer: HeliosTransformer, trainees: Sequence[Trainee]):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # load_state_dict audits instead: exactly the trainable set
         self.transformer = transformer
-        self.masters = Masters(trainable(transformer))
-        self.optimizer_factory, self.rate, self.clip = optimizer, rate, clip
-        self.skipped = 0  # updates left out because a loss or gradient was not finite, in the whole run
-        self.skipped_in_a_row = 0
-        self._sums: Tensor | None = None
-        self._alone: Optimizer | None = None
+        self.trainees = tuple(trainees)
+        self.last: dict[str, Any] = {}  # what was logged of each trainee's last update
+        self._alone: list[Optimizer] = []
         self._steps_alone = 0
 
+    @property
+    def masters(self) -> Masters:
+        """The fp32 weights of the first trainee."""
+        return self.trainees[0].masters
+
+    @property
+    def skipped(self) -> int:
+        """Updates left out in the whole run."""
+        return sum(trainee.skipped for trainee in self.trainees)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Updates left out one after the other, of the trainee that is worst off."""
+        return max(trainee.skipped_in_a_row for trainee in self.trainees)
+
+    @property
+    def averages_now(self) -> bool:
+        """Whether the iteration just done updated what a moving average follows."""
+        return True
+
     def alone(self) -> Self:
-        """For iterations without a Trainer, such as a plan's: the stage keeps its own optimizer and counter."""
+        """For iterations without a Trainer, such as a plan's: the stage keeps its own optimizers and counter."""
         self._alone = self.configure_optimizers()
         return self
 
     @property
     def iteration(self) -> int:
-        """The iteration being worked on, counted from 0; after its update, how many are done."""
-        return int(self.trainer.global_step) if self._alone is None else self._steps_alone
+        """The iteration being worked on, counted from 0; after its last update, how many are done."""
+        return self._steps_alone if self._alone else int(self.trainer.global_step)
 
-    def configure_optimizers(self) -> Optimizer:
-        """The one optimizer that Lightning wraps, over the fp32 masters."""
-        return self.optimizer_factory(self.masters)
+    def configure_optimizers(self) -> list[Optimizer]:
+        """An optimizer a trainee, in their order."""
+        return [trainee.optimizer() for trainee in self.trainees]
 
-    def backward_part(self, loss: Tensor, sums: Tensor, parts: int) -> None:
-        """Adds one micro-batch of `parts` to the gradients, and its detached `sums` to what is logged."""
-        (loss / parts).backward()  # type: ignore[no-untyped-call]
-        self._sums = sums if self._sums is None else self._sums + sums
+    def backward_part(self, loss: Tensor, sums: Tensor, parts: int, trainee: int = 0) -> None:
+        """Adds one part of `parts` to a trainee's gradients, and its detached `sums` to what is logged."""
+        self.trainees[trainee].add(loss, sums, parts)
 
-    def update(self) -> None:
-        """One optimizer step over all devices' gradients; a norm that is not finite leaves weights and moments as they are."""
-        gradients = self.masters.fill()
-        assert self._sums is not None
-        sums, self._sums = self._sums, None
-        _average_over_devices(gradients, sums)
-        norm = nn.utils.clip_grad_norm_(list(self.masters), self.clip)
-        finite = bool(read(torch.isfinite(norm) & torch.isfinite(sums[0, -1]), planned=True))
-        if not finite:
-            self.masters.clear()  # the step below then changes nothing, and still counts
-            self.skipped += 1
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        rate = self.rate(self.iteration)
-        optimizer = self.optimizers() if self._alone is None else self._alone
-        assert isinstance(optimizer, LightningOptimizer | Optimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        self._steps_alone += 1
-        self.masters.publish()
-        self.masters.clear()
-        self.last = {"lr": rate, "gradient_norm": norm.detach(), "skipped": self.skipped, **self._means(sums)}
+    def update(self, trainee: int = 0) -> None:
+        """One optimizer step of a trainee."""
+        last = trainee == len(self.trainees) - 1
+        self.last |= self.trainees[trainee].step(self._optimizer(trainee, wrapped=last), self.iteration)
+        self._steps_alone += last
 
-    def _means(self, sums: Tensor) -> dict[str, Tensor]:
-        """What a stage makes of its summed losses: names and values, NaN where a bin saw no sample."""
-        return {name: sums[0, column] / sums[1, column] for column, name in enumerate(self.log_names())}
-
-    def log_names(self) -> list[str]:
-        """Names of the columns of the sums a subclass hands to `backward_part`."""
-        raise NotImplementedError
+    def _optimizer(self, trainee: int, wrapped: bool) -> Optimizer | LightningOptimizer:
+        if self._alone:
+            return self._alone[trainee]
+        given = self.optimizers()
+        optimizer = given[trainee] if isinstance(given, list) else given
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer if wrapped else optimizer.optimizer
 
     def report(self, metrics: Mapping[str, Any]) -> None:
         """Sends metrics to every logger at the current iteration, and makes them available to `monitor=`."""
@@ -125,28 +98,20 @@ class Stage(L.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trainable weights in fp32, nothing frozen."""
-        return self.masters.state_dict()
+        return {name: value for trainee in self.trainees for name, value in trainee.masters.state_dict().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Takes exactly the trainable set; InputError names what does not fit."""
-        self.masters.load_state_dict(state_dict, "the checkpoint")
+        audit({name: tuple(value.shape) for name, value in self.state_dict().items()}, state_dict, "the checkpoint")
+        for trainee in self.trainees:
+            own = trainee.masters.state_dict()
+            trainee.masters.load_state_dict({name: state_dict[name] for name in own}, "the checkpoint")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is counted."""
-        checkpoint["counters"] = {"skipped": self.skipped}
+        checkpoint["counters"] = {"skipped": [trainee.skipped for trainee in self.trainees]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes back what is counted."""
-        self.skipped = int(checkpoint["counters"]["skipped"])
-
-
-def _average_over_devices(gradients: list[Tensor], sums: Tensor) -> None:
-    """Averages gradients, and adds up `sums`, over all devices in one flat buffer."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), sums.flatten().float()])
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients] + [sums.numel()])
-    for gradient, part in zip(gradients, parts[:-1], strict=True):
-        gradient.copy_((part / dist.get_world_size()).view_as(gradient))
-    sums.copy_(parts[-1].view_as(sums))
+        for trainee, skipped in zip(self.trainees, checkpoint["counters"]["skipped"], strict=True):
+            trainee.skipped = int(skipped)

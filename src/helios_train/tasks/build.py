@@ -41,7 +41,8 @@ from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.base import BaseRecipe, BaseStage
 from helios_train.stages.mid import MidStage
-from helios_train.stages.stage import LearningRate, Stage
+from helios_train.stages.stage import Stage
+from helios_train.stages.trainee import LearningRate, Training
 
 Encoders = Mapping[str, Mapping[str, Any]]  # "codec" and "text": name, and fingerprint, rows and dim where they are known
 
@@ -353,11 +354,7 @@ def stage_of(config: Config, transformer: HeliosTransformer) -> BaseStage:
     """The stage over a transformer that is ready to train."""
     kind = MidStage if isinstance(config.stage, MidStageKeys) else BaseStage
     return kind(
-        base_recipe(config),
-        transformer=transformer,
-        optimizer=partial(optimizer, config),
-        rate=learning_rate(config),
-        clip=config.optimizer.clip,
+        base_recipe(config), transformer, Training(partial(optimizer, config), learning_rate(config), config.optimizer.clip)
     )
 
 

@@ -1,0 +1,119 @@
+"""What the toy experiments measure: videos for held-out captions, beside the held-out clips themselves.
+
+Every arm samples the same captions from the same noise. Figures are the tracker's (the object's colour and background as the
+caption has them, motion inside sections, jumps across borders) and the energy distance of latent patches to the real clips.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helios_train import rng
+from helios_train.conf.schema import Config
+from helios_train.evaluation.energy import energy_distance
+from helios_train.evaluation.toy import ToyTrack, join_tracks, track
+from helios_train.evaluation.toy_verdict import judge
+from helios_train.models.codecs import Codec
+from helios_train.models.text import pad
+from helios_train.sampling.pipeline import Sections, build_pipeline, grown, pixels
+from helios_train.sampling.start import from_nothing
+from helios_train.tasks import build
+
+BATCH = 8  # videos at once
+SECTIONS = 4  # of a video: three borders
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an arm is sampled."""
+
+    steps: int | tuple[int, ...]
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True)
+class Real:
+    """Held-out clips: latents [S, C, 9, H, W] and captions."""
+
+    latents: list[Tensor]
+    captions: list[str]
+
+    @classmethod
+    def of(cls, config: Config, count: int) -> Real:
+        """The first `count` held-out clips of a config's dataset."""
+        data = build.data(config)
+        chosen = data.held_out[:count]
+        latents = [data.store.sections(sample, 0, SECTIONS).float() for sample in chosen]
+        return cls(latents, [data.store.meta(sample)["caption"][0] for sample in chosen])
+
+
+@torch.no_grad()
+def sample(config: Config, folder: Path, captions: list[str], plan: Plan) -> dict[str, Any]:
+    """Videos of the model in `folder`: latents a video, tracks, and seconds a section of one video."""
+    begun = build.start(config)
+    build.computes(config, begun.transformer, trains=False)
+    codec, text = build.codec(config), build.text(config)
+    settings = begun.sampler
+    assert settings is not None, f"{folder} was not merged by helios_train"
+    latents: list[Tensor] = []
+    tracks: list[ToyTrack] = []
+    begin = time.perf_counter()
+    for first in range(0, len(captions), BATCH):
+        some = captions[first : first + BATCH]
+        numbers = range(first, first + len(some))
+        embeddings = pad(text.encode(some), text.rows)
+        generators = [rng.torch_generator(config.seed, "sample", number) for number in numbers]
+        denoise = Sections(
+            build_pipeline(begun.transformer, codec, settings), settings.steps(plan.steps), plan.guidance, generators
+        )
+        history = from_nothing(len(some), codec.channels, config.data.size)
+        sections = list(grown(denoise, [embeddings] * SECTIONS, history))
+        latents += torch.stack(sections, dim=1).unbind(0)
+        tracks += _tracks(codec, sections)
+    seconds = (time.perf_counter() - begin) / (len(captions) * SECTIONS)
+    return {"latents": latents, "tracks": tracks, "seconds": seconds, "settings": asdict(settings)}
+
+
+def _tracks(codec: Codec, sections: list[Tensor]) -> list[ToyTrack]:
+    seen = [[track(frames) for frames in pixels(codec, latents)] for latents in sections]
+    return [join_tracks(list(parts)) for parts in zip(*seen, strict=True)]
+
+
+def figures(real: Real, latents: list[Tensor], tracks: list[ToyTrack], speed: tuple[float, float]) -> dict[str, Any]:
+    """Shares of videos that are right, medians and means in pixels (a frame), energy distance with its interval."""
+    verdicts = [judge(seen, caption, speed) for seen, caption in zip(tracks, real.captions, strict=True)]
+    right = [bool(v["colour_right"] and v["background_right"]) for v in verdicts]
+    distance = energy_distance(real.latents, latents)
+    return {
+        "right": sum(right) / len(right),
+        "shape": sum(bool(v["shape_right"]) for v in verdicts) / len(verdicts),
+        "found": _mean([v["found"] for v in verdicts]),
+        "motion": _mean([v["motion"] for v in verdicts]),
+        "speed": _mean([v["speed"] for v in verdicts]),
+        "border_jump": _mean([v["border_jump"] for v in verdicts]),
+        "border_jump_median": _median([v["border_jump"] for v in verdicts]),
+        "radius": _mean([seen.radius for seen in tracks]),
+        "energy": distance.value,
+        "energy_interval": [distance.low, distance.high],
+    }
+
+
+def _finite(values: list[Any]) -> list[float]:
+    return sorted(value for value in values if value is not None and math.isfinite(value))
+
+
+def _mean(values: list[Any]) -> float:
+    kept = _finite(values)
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def _median(values: list[Any]) -> float:
+    kept = _finite(values)
+    return kept[len(kept) // 2] if kept else math.nan
