@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -99,7 +100,8 @@ def _inject(transformer: HeliosTransformer, name: str, config: LoraConfig, seed:
     """PEFT's injection, which changes what trains; here every flag stays, all of the base and the new adapter are frozen."""
     training = {key for key, parameter in transformer.named_parameters() if parameter.requires_grad and ".lora_" in key}
     dtype = transformer.proj_out.weight.dtype
-    with rng.forked(seed, f"adapter {name}"):
+    with rng.forked(seed, f"adapter {name}"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(config, transformer, adapter_name=name)
     for key, parameter in transformer.named_parameters():
         if f".{name}." in key:

@@ -149,7 +149,8 @@ class HeliosTransformer(HeliosTransformer3DModel):
         """Tokens [B, L, D] of one part; history is padded to whole patches by repeating its last frame, row and column."""
         patch = getattr(self, part.patch)
         padded = HISTORY_PATCHES.get(part.patch, 1) > 1
-        latents = pad_for_3d_conv(part.latents, patch.kernel_size) if padded else part.latents
+        kernel = getattr(patch, "base_layer", patch).kernel_size  # an adapter on it has none of its own
+        latents = pad_for_3d_conv(part.latents, kernel) if padded else part.latents
         return patch(latents).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
     def _table(self, parts: Sequence[Part], offset: tuple[int, int], x_BLD: Tensor) -> Tensor:
