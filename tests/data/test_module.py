@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helios_train import rng
-from helios_train.data.batch import Window
+from helios_train.data.batch import Window, WindowPair
 from helios_train.data.format import Bucket, Manifest, write_manifest
 from helios_train.data.index import ClipStore
 from helios_train.data.module import LoadSettings, WindowModule
@@ -245,3 +245,19 @@ def test_windows_move_themselves(data: tuple[Path, dict[str, Sample]]) -> None:
     moved = made.transfer_batch_to_device(batches(made, 1)[0], torch.device("meta"), 0)
     for window in moved:
         assert {window.target.device.type, window.text.device.type, window.history.frames.device.type} == {"meta"}
+
+
+def test_pairs_are_two_independent_windows_of_one_clip(data: tuple[Path, dict[str, Sample]]) -> None:
+    single = batches(module(data[0], caption_drop=0.3), 12)
+    pairs: list[list[WindowPair]] = batches(module(data[0], caption_drop=0.3, pairs=True), 12)  # type: ignore[assignment]
+    assert_same([[pair.first for pair in batch] for batch in pairs], single)
+    same, other = 0, 0
+    for pair in chain(*pairs):
+        first, second = pair.to("cpu").first, pair.to("cpu").second
+        assert first.refs == second.refs and torch.equal(first.text, second.text)
+        for sample, (one, two) in enumerate(zip(first.sections, second.sections, strict=True)):
+            same, other = same + (one == two), other + (one != two)
+            assert torch.equal(first.target[sample], second.target[sample]) == (one == two)
+    assert same > 0 and other > 0
+    with_workers: list[list[WindowPair]] = batches(module(data[0], caption_drop=0.3, pairs=True, workers=2), 3)  # type: ignore[assignment]
+    assert_same([[pair.second for pair in batch] for batch in with_workers], [[p.second for p in batch] for batch in pairs[:3]])

@@ -42,6 +42,18 @@ class Window:
 
 
 @dataclass(frozen=True)
+class WindowPair:
+    """Two windows of the same clips, their sections drawn independently: one for the student, one for the critic."""
+
+    first: Window
+    second: Window
+
+    def to(self, device: torch.device | str) -> WindowPair:
+        """As Window.to."""
+        return WindowPair(self.first.to(device), self.second.to(device))
+
+
+@dataclass(frozen=True)
 class Piece:
     """One sample of a window, as a worker cuts it."""
 
@@ -83,3 +95,12 @@ class MicroBatches:
 
     def __call__(self, pieces: list[Piece]) -> list[Window]:
         return [stack(pieces[at : at + self.size], self.rows) for at in range(0, len(pieces), self.size)]
+
+
+@dataclass(frozen=True)
+class MicroBatchesOfPairs(MicroBatches):
+    """The same for samples that are two pieces each."""
+
+    def __call__(self, pieces: list[tuple[Piece, Piece]]) -> list[WindowPair]:  # type: ignore[override]
+        halves = (super(MicroBatchesOfPairs, self).__call__([pair[half] for pair in pieces]) for half in (0, 1))
+        return [WindowPair(*windows) for windows in zip(*halves, strict=True)]

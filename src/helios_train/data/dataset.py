@@ -21,8 +21,11 @@ class WindowDataset(Dataset[Piece]):
         self.store, self.rows, self.seed, self.caption_drop = store, rows, seed, caption_drop
 
     def __getitem__(self, ref: Ref) -> Piece:
+        return self._drawn(ref, "section")
+
+    def _drawn(self, ref: Ref, purpose: str) -> Piece:
         sections = self.store.section_count(ref.sample)
-        section = int(rng.generator(self.seed, "section", ref.epoch, ref.sample).integers(sections))
+        section = int(rng.generator(self.seed, purpose, ref.epoch, ref.sample).integers(sections))
         dropped = rng.generator(self.seed, "caption drop", ref.epoch, ref.sample).random() < self.caption_drop
         return self.piece(ref, section, dropped)
 
@@ -43,3 +46,10 @@ class WindowDataset(Dataset[Piece]):
                 f"prepare it again with text.rows={self.rows}"
             )
         return text[:0] if dropped else text
+
+
+class PairDataset(WindowDataset):
+    """Sample -> two windows of it, the second drawn for itself."""
+
+    def __getitem__(self, ref: Ref) -> tuple[Piece, Piece]:  # type: ignore[override]
+        return self._drawn(ref, "section"), self._drawn(ref, "second section")

@@ -12,8 +12,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from helios_train import rng
-from helios_train.data.batch import MicroBatches, Window, stack
-from helios_train.data.dataset import WindowDataset
+from helios_train.data.batch import MicroBatches, MicroBatchesOfPairs, Window, WindowPair, stack
+from helios_train.data.dataset import PairDataset, WindowDataset
 from helios_train.data.index import ClipStore
 from helios_train.data.order import Cursor, Order, Ref
 from helios_train.errors import InputError
@@ -21,7 +21,8 @@ from helios_train.errors import InputError
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How windows are loaded: samples an iteration, samples a forward, worker processes, clips never trained on."""
+    """How windows are loaded: samples an iteration, samples a forward, worker processes, clips never trained on; `pairs`: two
+    windows a sample."""
 
     global_batch: int
     micro_batch: int
@@ -30,17 +31,19 @@ class LoadSettings:
     text_rows: int = 16
     caption_drop: float = 0.0
     seed: int = 0
+    pairs: bool = False
 
 
 class WindowModule(L.LightningDataModule):
-    """Windows of a dataset of shards. Its state is one integer, the next iteration, which the loop advances."""
+    """Windows of a dataset of shards, or pairs of them. Its state is one integer, the next iteration, which the loop advances."""
 
     def __init__(self, root: Path, settings: LoadSettings):
         super().__init__()
         self.settings = settings
         self.store = ClipStore(root)
         self.held_out = _held_out(self.store, settings.held_out)
-        self.dataset = WindowDataset(self.store, settings.text_rows, settings.seed, settings.caption_drop)
+        kind = PairDataset if settings.pairs else WindowDataset
+        self.dataset = kind(self.store, settings.text_rows, settings.seed, settings.caption_drop)
         self.order = Order(settings.seed, settings.global_batch, _shapes(self.store, set(self.held_out)))
         self.start = 0
 
@@ -63,7 +66,7 @@ class WindowModule(L.LightningDataModule):
         names = ("seed", "global_batch", "held_out")
         return {**{name: getattr(self.settings, name) for name in names}, "dataset": self.store.manifest.manifest_sha}
 
-    def train_dataloader(self) -> DataLoader[list[Window]]:
+    def train_dataloader(self) -> DataLoader[list[Window] | list[WindowPair]]:
         """One element is one iteration: this rank's micro-batches of a global batch, from the cursor on, without end."""
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (self.settings.global_batch // ranks) % self.settings.micro_batch:
@@ -72,10 +75,11 @@ class WindowModule(L.LightningDataModule):
                 f"data.micro_batch={self.settings.micro_batch} x {ranks} devices; choose one that is"
             )
         workers = self.settings.workers
+        micro_batches = MicroBatchesOfPairs if self.settings.pairs else MicroBatches
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]  # the collate function makes windows of its pieces
             batch_sampler=Cursor(self.order, self.start, rank, ranks),  # type: ignore[arg-type]
-            collate_fn=MicroBatches(self.settings.micro_batch, self.settings.text_rows),
+            collate_fn=micro_batches(self.settings.micro_batch, self.settings.text_rows),
             num_workers=workers,
             persistent_workers=workers > 0,
             generator=rng.torch_generator(self.settings.seed, "loader workers"),  # or the loader would advance the global one
