@@ -139,7 +139,8 @@ def test_without_exits_every_step_is_run(exits: tuple[int, ...]) -> None:
     assert len(network.graphs) == 6
     assert torch.equal(output, ROLLOUT(Calls(ROLLOUT), drawn((1, 1, 1)), empty=False).output)
     two = [ROLLOUT.draw(0, "sample", (0, number), SHAPE, False, early=False) for number in range(2)]
-    both = RolloutDraw(torch.cat([one.start for one in two]), tuple(map(torch.cat, zip(*(one.blocks for one in two)))), exits)
+    blocks = tuple(torch.cat([one.blocks[level] for one in two]) for level in range(2))
+    both = RolloutDraw(torch.cat([one.start for one in two]), blocks, exits)
     whole = ROLLOUT(Calls(ROLLOUT), both, empty=False).output
     alone = [ROLLOUT(Calls(ROLLOUT), RolloutDraw(one.start, one.blocks, exits), empty=False).output for one in two]
     torch.testing.assert_close(whole, torch.cat(alone))

@@ -145,7 +145,7 @@ class Pyramid:
         return sigmas[:count], times[:count]
 
     def table(self, level: int, factor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The 1000 sigmas of a level and their times, falling; of a single level 1, .999 ... .001 and 1000 times that, shifted."""
+        """A level's 1000 sigmas and their times, falling. Of a single level: 1, .999 ... .001, shifted; times are 1000 sigma."""
         if self.count > 1:
             return self.levels[level].at(np.arange(float(STEPS)), factor)
         sigma = 1 - np.arange(STEPS) / STEPS

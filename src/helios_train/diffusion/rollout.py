@@ -1,16 +1,16 @@
-"""A few-step student's way from noise to a section, coarse to fine: what distillation trains on, and, run to the end, the sampler.
+"""A few-step student's way from noise to a section, coarse to fine: what distillation trains on and, run to the end, the sampler.
 
 At every step of a level the network's velocity gives an estimate of the level's end point, `x - sigma v`; the next step starts
 from that estimate, mixed with the level's own start point: `(1 - sigma) estimate + sigma start`, never with new noise. The last
 estimate goes on to the next level, doubled and renoised as everywhere (`diffusion.pyramid`).
 
-In training each level is left at a random step, its exit, so that every step learns to end a level. Gradient flows through the exit
-calls alone. It passes from a level to the one before only where the later one exits at its first step, which starts from what the
-earlier gave; any later step starts from an estimate without gradient. Exits are known beforehand, so a call whose gradient would
-reach nothing builds no graph.
+In training each level is left at a random step, its exit, so that every step learns to end a level. Gradient flows through the
+exit calls alone. It passes from a level to the one before only where the later one exits at its first step, which starts from
+what the earlier gave; any later step starts from an estimate without gradient. Exits are known beforehand, so a call whose
+gradient would reach nothing builds no graph.
 
-The published system is PKU-YuanGroup/Helios; diffusers has its sampler as HeliosPyramidPipeline with HeliosDMDScheduler. Its way of
-generating while training is that of Self Forcing (Huang et al., 2025).
+The published system is PKU-YuanGroup/Helios; diffusers has its sampler as HeliosPyramidPipeline with HeliosDMDScheduler. Its way
+of generating while training is that of Self Forcing (Huang et al., 2025).
 
 Axis letters: B batch, C latent channels, T latent frames, H W latent rows and columns.
 """
@@ -97,10 +97,8 @@ class Rollout:
     def schedule(self, shape: Sequence[int], empty: bool) -> list[list[Step]]:
         """The steps of each level for latents `shape` = (..., T, H, W). InputError as of Pyramid.sizes."""
         factors = self.pyramid.factors(self.dynamic, shape[-3], shape[-2], shape[-1], self.cap)
-        return [
-            self._steps(level, count, factor)
-            for level, (count, factor) in enumerate(zip(self.counts(empty), factors, strict=True))
-        ]
+        counted = enumerate(zip(self.counts(empty), factors, strict=True))
+        return [self._steps(level, count, factor) for level, (count, factor) in counted]
 
     def _steps(self, level: int, count: int, factor: float | None) -> list[Step]:
         sigmas, times = self.pyramid.few_steps(level, count, factor)
@@ -164,7 +162,8 @@ class Rollout:
 
 def _walk(velocity: BoundVelocity, start: Tensor, steps: Sequence[Step], graph: bool) -> list[Tensor]:
     """Estimates of a level's end point at each of its steps; the last one's call may have a graph."""
-    x, found = start, []
+    x = start
+    found: list[Tensor] = []
     for number, (sigma, time) in enumerate(steps):
         last = number == len(steps) - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and graph and last):
