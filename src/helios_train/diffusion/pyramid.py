@@ -136,6 +136,22 @@ class Pyramid:
             sigma, times = self.levels[level].at(np.linspace(0, STEPS - 1, count), factor)
         return np.append(sigma, 0.0), times
 
+    def few_steps(self, level: int, count: int, factor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """What HeliosDMDScheduler, of few-step students, walks through: sigmas [count] and times [count], not truncated.
+
+        The grid has one step more than is walked, so that the last step still starts well above the end of the level.
+        """
+        sigmas, times = self.steps(level, count + 1, factor)
+        return sigmas[:count], times[:count]
+
+    def table(self, level: int, factor: float | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """A level's 1000 sigmas and their times, falling. Of a single level: 1, .999 ... .001, shifted; times are 1000 sigma."""
+        if self.count > 1:
+            return self.levels[level].at(np.arange(float(STEPS)), factor)
+        sigma = 1 - np.arange(STEPS) / STEPS
+        sigma = sigma if factor is None else shift(sigma, factor)
+        return sigma, STEPS * sigma
+
     def sizes(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Rows and columns of each level, coarse to fine. InputError for sides that do not divide names sides that do."""
         unit = PATCH * 2 ** (self.count - 1)  # every level is made of whole patches

@@ -46,6 +46,12 @@ def shift(sigma: np.ndarray, factor: float) -> np.ndarray:
     return factor * sigma / (1 + (factor - 1) * sigma)
 
 
+def nearest(table: tuple[np.ndarray, np.ndarray], times: np.ndarray) -> np.ndarray:
+    """The sigmas of a `table` (sigmas, times) at the entries whose times are nearest; of two as near the first. As `times`."""
+    sigmas, known = table
+    return sigmas[np.abs(known - np.asarray(times, dtype=float)[..., None]).argmin(axis=-1)]
+
+
 @dataclass(frozen=True)
 class NoiseLevels:
     """How a training step draws its noise levels.

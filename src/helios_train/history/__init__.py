@@ -44,6 +44,12 @@ class History:
         if len(self.counts) != batch or len(self.anchored) != batch:
             raise ValueError(f"{batch} samples, but {len(self.counts)} counts and {len(self.anchored)} anchors")
 
+    @classmethod
+    def none(cls, batch: int, channels: int, rows: int, columns: int) -> History:
+        """What precedes the first section of a text to video: fp32 zeros, on the host."""
+        frames = torch.zeros(batch, channels, FRAMES, rows, columns)
+        return cls(frames, frames[:, :, :1].clone(), (0,) * batch, (False,) * batch)
+
     @property
     def long(self) -> Tensor:
         """[B, C, 16, H, W]"""
@@ -80,6 +86,18 @@ class History:
     def dropped(self) -> History:
         """No history at all: what text to video starts from."""
         return self.keep((0,) * len(self.counts), (False,) * len(self.counts))
+
+    def followed_by(self, latents_BCTHW: Tensor) -> History:
+        """What precedes the section after `latents` [B, C, 9, H, W]: the newest 19 frames, on their device and in their dtype.
+
+        An anchor stays; where there is none, the first latent frame becomes it.
+        """
+        frames = torch.cat([self.frames.to(latents_BCTHW), latents_BCTHW], dim=2)[:, :, -FRAMES:]
+        anchor = self.anchor.to(latents_BCTHW)
+        if not all(self.anchored):  # else no gradient of the latents is to pass here
+            anchor = torch.where(_column(self.anchored, anchor).bool(), anchor, latents_BCTHW[:, :, :1])
+        counts = tuple(min(FRAMES, count + latents_BCTHW.shape[2]) for count in self.counts)
+        return History(frames, anchor, counts, (True,) * len(counts))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> History:
         """The same history elsewhere."""

@@ -89,7 +89,7 @@ class FlowObjective:
         """The weighted squared error, a mean over each sample and then over the batch; times are 1000 sigma, not rounded."""
         (errors,) = self.errors(velocity, target, text, history, draw)
         weights = torch.from_numpy(self.levels.weights(draw.sigma)).to(errors)
-        return Loss((weights * errors).mean(), self._sums(errors.detach(), draw.sigma))
+        return Loss((weights * errors).mean(), sums_by_sigma(errors.detach(), draw.sigma))
 
     def errors(self, velocity: Velocity, target: Tensor, text: Tensor, history: History, draw: FlowDraw) -> Tensor:
         """Mean squared error of the velocity of each sample, unweighted. [1, B]"""
@@ -102,14 +102,21 @@ class FlowObjective:
 
     def log_names(self) -> list[str]:
         """Names of the columns of `Loss.sums`: the bins of sigma, and all of it."""
-        edges = [f"{low / BINS:.1f}-{(low + 1) / BINS:.1f}" for low in range(BINS)]
-        return [f"loss/sigma_{edge}" for edge in edges] + ["loss"]
+        return names_by_sigma("loss")
 
-    def _sums(self, errors: Tensor, sigma: np.ndarray) -> Tensor:
-        bins = np.minimum((sigma * BINS).astype(int), BINS - 1)
-        sums = errors.new_zeros(2, BINS + 1)
-        for sample, number in enumerate(bins):  # the bin is known on the host
-            for column in (int(number), BINS):
-                sums[0, column] += errors[sample]
-                sums[1, column] += 1
-        return sums
+
+def names_by_sigma(name: str) -> list[str]:
+    """Names of the columns of `sums_by_sigma`: the bins of sigma, and all of it."""
+    edges = [f"{low / BINS:.1f}-{(low + 1) / BINS:.1f}" for low in range(BINS)]
+    return [*(f"{name}/sigma_{edge}" for edge in edges), name]
+
+
+def sums_by_sigma(errors: Tensor, sigma: np.ndarray) -> Tensor:
+    """Sums and counts [2, BINS + 1] of errors [B] at sigmas [B], which are known on the host: by bin of sigma, and overall."""
+    bins = np.minimum((sigma * BINS).astype(int), BINS - 1)
+    sums = errors.new_zeros(2, BINS + 1)
+    for sample, number in enumerate(bins):
+        for column in (int(number), BINS):
+            sums[0, column] += errors[sample]
+            sums[1, column] += 1
+    return sums

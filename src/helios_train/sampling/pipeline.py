@@ -22,7 +22,7 @@ from torch import Tensor
 
 from helios_train.diffusion.pyramid import Pyramid, block_noise
 from helios_train.errors import InputError
-from helios_train.history import FRAMES, SECTION, History
+from helios_train.history import SECTION, History
 from helios_train.models.codecs import SECTION_FRAMES, SIDE, Codec
 
 
@@ -86,16 +86,7 @@ def grown(denoise: Denoiser, texts: Iterable[Tensor], history: History) -> Itera
     for number, text in enumerate(texts):
         latents = denoise(number, text, history)
         yield latents
-        history = followed_by(history, latents)
-
-
-def followed_by(history: History, latents: Tensor) -> History:
-    """What precedes the section after `latents` [B, 16, 9, h, w]: the newest 19 frames. The anchor stays; a video that has none
-    gets its first latent frame."""
-    frames = torch.cat([history.frames.to(latents), latents], dim=2)[:, :, -FRAMES:]
-    counts = tuple(min(FRAMES, count + SECTION) for count in history.counts)
-    anchor = history.anchor.to(latents) if all(history.anchored) else latents[:, :, :1]
-    return History(frames, anchor, counts, (True,) * len(counts))
+        history = history.followed_by(latents)
 
 
 Pipeline: TypeAlias = HeliosPipeline | HeliosPyramidPipeline

@@ -24,8 +24,7 @@ WINDOWS = -(-FRAMES // SECTION)  # sections that the newest 19 latent frames lie
 
 def from_nothing(batch: int, channels: int, size: tuple[int, int]) -> History:
     """Text to video, `size` = (H, W) in pixels: zeros; the first latent frame that is made becomes the anchor."""
-    frames = torch.zeros(batch, channels, FRAMES, size[0] // SIDE, size[1] // SIDE)
-    return History(frames, frames[:, :, :1].clone(), (0,) * batch, (False,) * batch)
+    return History.none(batch, channels, size[0] // SIDE, size[1] // SIDE)
 
 
 def from_image(codec: Codec, image: Tensor, generator: torch.Generator) -> History:

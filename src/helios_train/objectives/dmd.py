@@ -1,0 +1,223 @@
+"""Distribution matching: the student's sections are moved to where the teacher finds them likelier than the critic does.
+
+The critic learns by flow matching what the student makes. At a noised section `x_t` the two scores' estimates of the clean one,
+`f` of the critic and `r` of the guided teacher, tell the student where to go: `g = (f - r) / mean|x - r|`, and `x` gets the
+gradient `g / numel` (DMD, Yin et al., 2024; its improved form DMD2; the published system is PKU-YuanGroup/Helios). Scores run
+without gradient; their arithmetic is fp32.
+
+Axis letters: B batch, C latent channels, T latent frames, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helios_train.diffusion.rollout import BoundVelocity, Rollout, RolloutDraw
+from helios_train.diffusion.schedule import STEPS
+from helios_train.history import History
+from helios_train.objectives.flow import Loss, Velocity, names_by_sigma, sums_by_sigma
+from helios_train.objectives.regularise import MeanVariance, alignment
+from helios_train.objectives.renoise import Renoise, RenoiseDraw
+from helios_train.objectives.student import Section, Views, as_it_is, bound, draw_sections, roll
+
+LEAST = 1e-8  # of the normaliser
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The networks of a student's step, each as `velocity(x_t, t, text, history)`."""
+
+    student: Velocity
+    teacher: Velocity
+    critic: Velocity
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a step is told: the prompt and the text guidance leads away from [B, rows, dim], history, and what is seen of it."""
+
+    text: Tensor
+    negative: Tensor
+    history: History
+    views: Views = as_it_is
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is asked of teacher and critic about one section: `(x_t, t) -> v`. negative: the teacher, told the negative text."""
+
+    critic: BoundVelocity
+    teacher: BoundVelocity
+    negative: BoundVelocity
+
+
+@torch.no_grad()
+def matching(scores: Scores, x: Tensor, draw: RenoiseDraw, guidance: float) -> Tensor:
+    """The gradient g of distribution matching at x [B, C, T, H, W], shaped like it; `r = c + guidance (c - u)`."""
+    x_t = draw.noised(x)
+    critic, teacher = draw.denoised(scores.critic, x_t), draw.denoised(scores.teacher, x_t)
+    if guidance:
+        teacher = teacher + guidance * (teacher - draw.denoised(scores.negative, x_t))
+    return (critic - teacher) / _distance(x, teacher)
+
+
+@torch.no_grad()
+def augmentation(scores: Scores, x: Tensor, draw: RenoiseDraw, guidance: float) -> Tensor:
+    """The share of the gradient that is the teacher's guidance alone: `-guidance (c - u) / mean|x - c|`."""
+    x_t = draw.noised(x)
+    teacher = draw.denoised(scores.teacher, x_t)
+    return guidance * (draw.denoised(scores.negative, x_t) - teacher) / _distance(x, teacher)
+
+
+def pulled(x: Tensor, gradient: Tensor) -> Tensor:
+    """`0.5 mean((x - sg[x - g])^2)`: its gradient by x is g / numel. In fp64, where x - g keeps all digits of g."""
+    x, gradient = x.double(), gradient.double()
+    return 0.5 * (x - (x - gradient).detach()).square().mean()
+
+
+def _distance(x: Tensor, clean: Tensor) -> Tensor:
+    return (x - clean).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(LEAST)
+
+
+@dataclass(frozen=True)
+class Decoupled:
+    """Distribution matching without guidance, and guidance as a pull of its own at its own noise level (Liu et al., 2025).
+
+    Guidance looks from at most time 1000 before iteration `start`, from at most `middle` before `end`, then from at most the time
+    at which the student left its last level.
+    """
+
+    start: int
+    end: int
+    middle: int = 565
+
+    def top(self, iteration: int, exit_time: float) -> float:
+        """The highest time, before the shift."""
+        if iteration < self.start:
+            return STEPS
+        return self.middle if iteration < self.end else exit_time
+
+
+@dataclass(frozen=True)
+class StudentDraw:
+    """What is random in one sample's step: the rollout, the look at its last section, and guidance's own look if decoupled."""
+
+    rollouts: tuple[RolloutDraw, ...]
+    renoise: RenoiseDraw
+    guidance: RenoiseDraw | None = None
+
+
+@dataclass(frozen=True)
+class StudentObjective:
+    """The student's loss on one sample: distribution matching on its own section, and what is added to it.
+
+    guidance: of the teacher; 3 is the usual classifier-free guidance of 4. align: weight of `alignment` (published: .25 where
+    used). mean_variance, decoupled: off without. exits and sizes as of `rollout`.
+    """
+
+    rollout: Rollout
+    renoise: Renoise
+    guidance: float = 3.0
+    align: float = 0.0
+    mean_variance: MeanVariance | None = None
+    decoupled: Decoupled | None = None
+
+    def draw(self, seed: int, iteration: int, position: int, shape: Sequence[int], empty: bool, sections: int = 1) -> StudentDraw:
+        """Draws for one position of the global batch; the rest as of `draw_sections`."""
+        rollouts = draw_sections(self.rollout, seed, "student", (iteration, position), shape, empty, sections)
+        where = iteration, [position], shape
+        looked = self.renoise.draw(seed, "student renoise", *where)
+        if self.decoupled is None:
+            return StudentDraw(rollouts, looked)
+        exits = rollouts[-1].exits
+        assert exits is not None
+        left = self.rollout.schedule(shape, empty and sections == 1)[-1][exits[-1]]
+        top = self.decoupled.top(iteration, left.time)
+        return StudentDraw(rollouts, looked, self.renoise.draw(seed, "student guidance", *where, top))
+
+    def __call__(self, cast: Cast, told: Told, draw: StudentDraw) -> Loss:
+        """The loss of one sample; gradient reaches the student alone. ValueError as of `roll`."""
+        section = roll(self.rollout, cast.student, told.text, told.history, draw.rollouts, told.views, align=self.align > 0)
+        scores = Scores(
+            critic=bound(cast.critic, told.text, section.history),
+            teacher=bound(cast.teacher, told.text, section.history),
+            negative=bound(cast.teacher, told.negative, section.history),
+        )
+        terms = self._matched(scores, section.latents, draw) | self._added(section)
+        total = torch.stack([weight * term for weight, term in terms.values()]).sum()
+        return Loss(total, self._sums({name: term for name, (_, term) in terms.items()}, total))
+
+    def _matched(self, scores: Scores, x: Tensor, draw: StudentDraw) -> dict[str, tuple[float, Tensor]]:
+        """Weight and value of the terms that come from the scores."""
+        if self.decoupled is None:
+            return {"dmd": (1.0, pulled(x, matching(scores, x, draw.renoise, self.guidance)))}
+        assert draw.guidance is not None
+        return {
+            "dmd": (1.0, pulled(x, matching(scores, x, draw.renoise, 0.0))),
+            "guidance": (1.0, pulled(x, augmentation(scores, x, draw.guidance, self.guidance))),
+        }
+
+    def _added(self, section: Section) -> dict[str, tuple[float, Tensor]]:
+        """Weight and value of the other terms; of `align` nothing where every level was left at its first step."""
+        terms = {}
+        if self.align and (aligned := alignment(section.estimates)) is not None:
+            terms["align"] = (self.align, aligned.double())
+        if self.mean_variance is not None:
+            terms["mean_variance"] = (self.mean_variance.weight, self.mean_variance(section.latents).double())
+        return terms
+
+    def log_names(self) -> list[str]:
+        """Names of the columns of `Loss.sums`: the terms, unweighted, as far as they are on, and the whole."""
+        on = {
+            "dmd": True,
+            "guidance": self.decoupled is not None,
+            "align": self.align > 0,
+            "mean_variance": self.mean_variance is not None,
+        }
+        return [*(f"loss/{name}" for name, used in on.items() if used), "loss"]
+
+    def _sums(self, terms: Mapping[str, Tensor], total: Tensor) -> Tensor:
+        names = self.log_names()
+        sums = total.new_zeros(2, len(names), dtype=torch.float32)
+        for name, value in {**{f"loss/{name}": term for name, term in terms.items()}, "loss": total}.items():
+            sums[0, names.index(name)] = value.detach()
+            sums[1, names.index(name)] = 1
+        return sums
+
+
+@dataclass(frozen=True)
+class CriticDraw:
+    """What is random in one sample's step of the critic: the student's rollout, and the look at its last section."""
+
+    rollouts: tuple[RolloutDraw, ...]
+    renoise: RenoiseDraw
+
+
+@dataclass(frozen=True)
+class CriticObjective:
+    """The critic's loss on one sample: flow matching, `(v - (noise - x))^2`, on a section the student made without gradient."""
+
+    rollout: Rollout
+    renoise: Renoise
+
+    def draw(self, seed: int, iteration: int, position: int, shape: Sequence[int], empty: bool, sections: int = 1) -> CriticDraw:
+        """Draws for one position of the global batch, none of them the student's; the rest as of `draw_sections`."""
+        rollouts = draw_sections(self.rollout, seed, "critic", (iteration, position), shape, empty, sections)
+        return CriticDraw(rollouts, self.renoise.draw(seed, "critic renoise", iteration, [position], shape))
+
+    def __call__(self, student: Velocity, critic: Velocity, told: Told, draw: CriticDraw) -> Loss:
+        """The loss of one sample; gradient reaches the critic alone. ValueError as of `roll`."""
+        with torch.no_grad():
+            section = roll(self.rollout, student, told.text, told.history, draw.rollouts, told.views)
+        x, look = section.latents, draw.renoise
+        predicted = look.velocity(bound(critic, told.text, section.history), look.noised(x))
+        errors = (predicted - (look.noise.to(x) - x)).square().flatten(1).mean(dim=1)
+        return Loss(errors.mean(), sums_by_sigma(errors.detach(), look.sigma))
+
+    def log_names(self) -> list[str]:
+        """Names of the columns of `Loss.sums`: the bins of sigma, and all of it."""
+        return names_by_sigma("loss/critic")
