@@ -8,6 +8,7 @@ micro-batch, so another number of ranks or workers draws the same numbers.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -42,3 +43,9 @@ def forked(seed: int, purpose: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(generator(seed, purpose).integers(2**63)))
         yield
+
+
+def half_cosine(done: int, length: int) -> float:
+    """How far a schedule of `length` iterations is after `done`: from 0 to 1 along half a cosine; 1 without a length."""
+    share = min(max(done / length, 0.0), 1.0) if length else 1.0
+    return (1 - math.cos(math.pi * share)) / 2

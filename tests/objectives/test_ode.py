@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from helios_train import rng
+from helios_train.data.pairs import Trajectory, Walk
 from helios_train.diffusion.pyramid import Pyramid
 from helios_train.diffusion.rollout import Rollout
 from helios_train.history import History
 from helios_train.objectives.flow import Loss
-from helios_train.objectives.ode import OdeDraw, OdeObjective, Trajectory, Walk
+from helios_train.objectives.ode import OdeDraw, OdeObjective
 
 SHAPE = (3, 9, 16, 32)
 PYRAMID = Pyramid()

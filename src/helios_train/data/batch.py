@@ -40,6 +40,19 @@ class Window:
         tensors = {name: getattr(self, name).to(device).float() for name in ("target", "text")}
         return replace(self, history=self.history.to(device).to(device, torch.float32), **tensors)
 
+    def samples(self) -> list[Window]:
+        """Its samples, a window each."""
+        return [
+            Window(
+                self.target[own],
+                self.history.sample(number),
+                self.text[own],
+                self.refs[own],
+                self.sections[own],
+            )
+            for number, own in enumerate(slice(number, number + 1) for number in range(len(self.refs)))
+        ]
+
 
 @dataclass(frozen=True)
 class WindowPair:

@@ -84,7 +84,7 @@ def write_shard(root: Path, bucket: Bucket, number: int, samples: Iterable[Sampl
         keys = {row.key for row in rows}
         if not rows or len(keys) != len(rows):
             raise InputError(f"{root / url}: {len(rows)} samples with {len(keys)} keys; a shard holds one or more, each key once")
-        content = _index(rows, _offsets(file), bucket)
+        content = _index(rows, member_offsets(file), bucket)
     with atomic(root / index) as file:
         file.write(content)
     return ShardInfo(
@@ -137,7 +137,7 @@ def _pack(sample: Sample, bucket: Bucket) -> tuple[dict[str, bytes], _Row]:
     return members, row
 
 
-def _offsets(file: BinaryIO) -> dict[str, int]:
+def member_offsets(file: BinaryIO) -> dict[str, int]:
     """Where each member's data begin, asked of the tar itself."""
     file.flush()
     file.seek(0)

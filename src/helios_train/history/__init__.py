@@ -83,6 +83,11 @@ class History:
         kept = replace(self, counts=fewer, anchored=still)
         return replace(kept, frames=self.frames * kept.present(), anchor=self.anchor * _column(still, self.anchor))
 
+    def sample(self, number: int) -> History:
+        """The history of one sample alone."""
+        own = slice(number, number + 1)
+        return History(self.frames[own], self.anchor[own], self.counts[own], self.anchored[own])
+
     def dropped(self) -> History:
         """No history at all: what text to video starts from."""
         return self.keep((0,) * len(self.counts), (False,) * len(self.counts))

@@ -53,15 +53,15 @@ class Corrupt:
         """In the order of MODES."""
         return self.noise, self.blur, self.saturation, self.clean
 
-    def draw(self, seed: int, iteration: int, positions: Sequence[int], shape: Sequence[int]) -> list[CorruptDraw]:
-        """One draw for each position in the global batch; `shape` is (C, H, W) of a latent frame."""
-        return [self._draw(seed, iteration, position, shape) for position in positions]
+    def draw(self, seed: int, iteration: int, positions: Sequence[int], shape: Sequence[int], who: str = "") -> list[CorruptDraw]:
+        """One draw for each position in the global batch; `shape` is (C, H, W) of a latent frame. `who`: draws of their own."""
+        return [self._draw(seed, iteration, position, shape, who) for position in positions]
 
-    def _draw(self, seed: int, iteration: int, position: int, shape: Sequence[int]) -> CorruptDraw:
-        modes = rng.generator(seed, "corrupt", iteration, position // self.group)
+    def _draw(self, seed: int, iteration: int, position: int, shape: Sequence[int], who: str) -> CorruptDraw:
+        modes = rng.generator(seed, f"{who}corrupt", iteration, position // self.group)
         mode = MODES[int(np.searchsorted(np.cumsum(self.shares)[:-1], modes.random(), side="right"))]
         on_top = bool(modes.random() < self.saturation_on_top)
-        levels = rng.generator(seed, "corrupt level", iteration, position)
+        levels = rng.generator(seed, f"{who}corrupt level", iteration, position)
         segments = len(SEGMENTS[self.segments])
         channels, rows, columns = shape
         return CorruptDraw(

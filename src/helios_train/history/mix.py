@@ -37,9 +37,9 @@ class Mix:
         """In the order of MODES."""
         return self.t2v, self.i2v, self.v2v, self.full
 
-    def draw(self, seed: int, iteration: int, positions: Sequence[int]) -> list[MixDraw]:
-        """One draw for each position in the global batch."""
-        return [self._draw(rng.generator(seed, "mix", iteration, position // self.group)) for position in positions]
+    def draw(self, seed: int, iteration: int, positions: Sequence[int], who: str = "") -> list[MixDraw]:
+        """One draw for each position in the global batch. `who`: draws of their own."""
+        return [self._draw(rng.generator(seed, f"{who}mix", iteration, position // self.group)) for position in positions]
 
     def _draw(self, generator: np.random.Generator) -> MixDraw:
         mode = MODES[int(np.searchsorted(np.cumsum(self.shares)[:-1], generator.random(), side="right"))]

@@ -11,7 +11,7 @@ Axis letters: B batch (1), C latent channels, T latent frames, H W latent rows a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,48 +19,10 @@ import torch
 from torch import Tensor
 
 from helios_train import rng
+from helios_train.data.pairs import Trajectory
 from helios_train.diffusion.pyramid import Pyramid
 from helios_train.diffusion.schedule import nearest
-from helios_train.history import History
 from helios_train.objectives.flow import Loss, Velocity
-
-
-@dataclass(frozen=True)
-class Walk:
-    """The teacher's way through one level of a section."""
-
-    latents: Tensor  # [n + 1, C, T, h, w]: the states before n steps, then the level's end point
-    times: np.ndarray  # [n], fp32, on the host
-
-    def __post_init__(self) -> None:
-        if len(self.times) < 1 or len(self.latents) != len(self.times) + 1:
-            raise ValueError(f"{len(self.latents)} states at {len(self.times)} times: a level has one more state than times")
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The teacher's way through one video: for each section its levels, coarse to fine, and the text [1, rows, dim]."""
-
-    sections: tuple[tuple[Walk, ...], ...]
-    text: Tensor
-
-    def to(self, device: torch.device | str) -> Trajectory:
-        """The same on the device that works on it, in fp32; times stay on the host."""
-        moved = [[replace(walk, latents=walk.latents.to(device).float()) for walk in levels] for levels in self.sections]
-        return Trajectory(tuple(map(tuple, moved)), self.text.to(device).float())
-
-    def final(self, section: int) -> Tensor:
-        """The section the teacher made. [1, C, T, H, W]"""
-        return self.sections[section][-1].latents[-1:]
-
-    def histories(self) -> Iterator[History]:
-        """What precedes each section: the teacher's sections before it, nothing before the first."""
-        first = self.final(0)
-        _, channels, _, rows, columns = first.shape
-        history = History.none(1, channels, rows, columns).to(first.device, first.dtype)
-        for section in range(len(self.sections)):
-            yield history
-            history = history.followed_by(self.final(section))
 
 
 @dataclass(frozen=True)

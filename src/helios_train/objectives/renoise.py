@@ -5,7 +5,6 @@ Times are whole numbers of the table of one full-resolution level, 1000 sigma, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -94,8 +93,7 @@ class Renoise:
     def _share(self, draw: np.random.Generator, iteration: int) -> float:
         if self.density == "uniform":
             return float(draw.uniform(1 / STEPS, 1))
-        done = min(iteration / self.anneal, 1.0) if self.anneal else 1.0
-        skew = (1 + math.cos(math.pi * done)) / 2
+        skew = 1 - rng.half_cosine(iteration, self.anneal)
         return float(draw.beta(1 + 3 * skew, 1 + 0.5 * skew))
 
     def _factor(self, tokens: int) -> float:
