@@ -128,6 +128,20 @@ def test_pyramids_that_cannot_be(given: list[str], message: str) -> None:
     assert message in refusal("stage=mid", *given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["watch.sample_steps=[20,20]"], "watch.sample_steps=[20, 20]: the model has 1 level; give a number, or a list of 1"),
+        (["watch.sample_steps=[]"], "watch.sample_steps=[]: the model has 1 level"),
+        (["stage=mid", "watch.sample_steps=[20,20]"], "watch.sample_steps=[20, 20]: the model has 3 levels"),
+    ],
+)
+def test_steps_of_other_levels_than_the_model_s(given: list[str], message: str) -> None:
+    assert message in refusal(*given)
+    compose.compose(["stage=mid", "watch.sample_steps=[20,10,5]"])
+    compose.compose(["stage=mid", "stage.pyramid.ratios=[1,1]", "watch.sample_steps=[20,20]"])
+
+
 def test_a_needed_input_is_asked_for() -> None:
     assert "prepare.source=null" in refusal("task=prepare", "data=folder")
 

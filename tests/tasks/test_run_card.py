@@ -51,8 +51,16 @@ def test_the_card_of_a_run(tiny_run: Callable[..., None], tmp_path: Path) -> Non
     card = (tmp_path / "run" / "run_card.txt").read_text()
     codec, text = dct_codec().fingerprint()[:12], HashText().fingerprint()[:12]
     assert f"made with codec dct {codec}, text hash {text} (16 rows of 64)\n" in card
+    assert "\nglobal batch 8 = micro batch 1 x 1 devices x 8 accumulated\n" in card
     (block,) = re.findall(r"\n\nWARNINGS: 2\n((?:  ! .*\n)+)", card)
     assert block.splitlines() == [
         "  ! 8 of 8 clips (100%) have under 4 sections: they never show a full history",
         "  ! 6 clips are fewer than the global batch of 8: each iteration repeats some of them",
     ]
+
+
+def test_the_card_of_a_mid_run_counts_its_levels(tiny_run: Callable[..., None], tmp_path: Path) -> None:
+    tiny_run(f"run_dir={tmp_path}/base", "trainer.max_steps=1")
+    tiny_run("stage=mid", f"init={tmp_path}/base", f"run_dir={tmp_path}/run", "trainer.max_steps=1")
+    card = (tmp_path / "run" / "run_card.txt").read_text()
+    assert "\nglobal batch 2 = micro batch 1 x 1 devices x 2 accumulated (x 3 levels, 4 passes)\n" in card

@@ -254,6 +254,18 @@ def test_slow_and_quick_are_those_of_the_training(tmp_path: Path, monkeypatch: p
     assert ranges == [(2, 4), (0.4, 1.0)]
 
 
+def test_toy_captions_and_paces_are_the_run_s(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the sampling command, which says nothing of toy videos."""
+    toy = "data.toy.speed=[2,4]", "data.toy.motion_in_caption=true", f"data.root={tmp_path}/shards"
+    tiny_run(*toy, f"run_dir={tmp_path}/run", "trainer.max_steps=1")
+    ranges: list[tuple[float, float]] = []
+    real = sample.judge
+    monkeypatch.setattr(sample, "judge", lambda seen, caption, speed: ranges.append(speed) or real(seen, caption, speed))
+    tiny_run(*QUICK, f"init={tmp_path}/run", f"sample.output={tmp_path}/out")
+    (facts,) = facts_in(tmp_path / "out")
+    assert ranges == [(2, 4)] and " moving " in facts["caption"]
+
+
 def test_the_summary_counts_what_captions_say() -> None:
     figures = {
         "colour_right": True,

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -103,6 +104,27 @@ def test_videos_come_where_they_are_due_of_a_held_out_clip(tiny_run: Callable[..
     (last,) = (tmp_path / "end/videos").glob("*.mp4")
     assert last.name.startswith("00000005_")
     assert last.read_bytes() == next(videos.glob("00000005_*.mp4")).read_bytes()  # the same noise, whatever came before
+
+
+def test_the_video_is_that_of_task_sample(tiny_run: Callable[..., None], tmp_path: Path) -> None:
+    """Solver, noise and weights are those a user gets who asks for the same caption; its stored embedding is rounded to bf16."""
+    tiny_run(*RUN, "watch.sample=true", "watch.sample_steps=5", f"run_dir={tmp_path / 'run'}")
+    (watched,) = (tmp_path / "run/videos").glob("*.mp4")
+    caption = json.loads(watched.with_suffix(".json").read_text())["caption"]
+    plan = f"init={tmp_path / 'run'}", "seed=3", f"sample.prompt={caption}", "sample.sections=1", "sample.steps=5"
+    distances = []
+    for extra in ((), ("sample.solver=euler",)):
+        output = tmp_path / f"samples{len(extra)}"
+        tiny_run("task=sample", *plan, *extra, "sample.guidance=3", f"sample.output={output}")
+        (sampled,) = output.glob("*.mp4")
+        distances.append(np.abs(frames(sampled) - frames(watched)).mean())
+    assert distances[0] < 0.1 < 10 * distances[0] < distances[1], distances
+
+
+def frames(mp4: Path) -> np.ndarray:
+    """[F, H, W, 3] as floats."""
+    with av.open(str(mp4)) as opened:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)]).astype(float)
 
 
 def test_the_average_is_what_is_sampled(tiny_run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

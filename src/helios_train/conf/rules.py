@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from helios_train.conf.schema import Config, Data, FolderData, MidStage, Model, Prepare, Pyramid, Sample, ToyData
+from helios_train.conf.schema import Config, Data, FolderData, HistoryStage, MidStage, Model, Prepare, Pyramid, Sample, ToyData
 from helios_train.errors import ConfigError
 
 MOST_LEVELS, TABLE = 4, 1000  # of a pyramid; entries of the table of noise levels
@@ -35,6 +35,7 @@ def _broken(config: Config) -> Iterator[str]:
     yield from _data(config.data, config.trainer.devices)
     if not config.watch.sigmas:
         yield "watch.sigmas=[]: name at least one noise level, or set watch.every=0"
+    yield from steps_fit("watch.sample_steps", config.watch.sample_steps, config.stage)
     if config.task.name == "train" and config.model.text_dim != config.text.dim:
         yield (
             f"model.text_dim={config.model.text_dim} and text.dim={config.text.dim}: must be equal; "
@@ -79,6 +80,13 @@ def _sample(sample: Sample) -> Iterator[str]:
         yield f"sample.script: sections must rise from 0, got {sections}; the first caption stands at section 0"
     elif sections[-1] >= sample.sections:
         yield f"sample.script: section {sections[-1]} lies past the end; sample.sections={sample.sections}"
+
+
+def steps_fit(key: str, steps: int | tuple[int, ...] | None, stage: HistoryStage) -> Iterator[str]:
+    """What is wrong with the denoising steps at `key` for a model that `stage` trains: a list of them names each level."""
+    levels = len(stage.pyramid.ratios) if isinstance(stage, MidStage) else 1
+    if isinstance(steps, tuple) and len(steps) != levels:
+        yield f"{key}={list(steps)}: the model has {levels} level{'s' * (levels > 1)}; give a number, or a list of {levels}"
 
 
 def _sum_to_one(key: str, shares: dict[str, float]) -> Iterator[str]:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from helios_train.callbacks.validation import FULL_HISTORY
-from helios_train.conf.schema import Config
+from helios_train.conf.schema import Config, MidStage
 from helios_train.data.format import Manifest
 from helios_train.data.module import WindowModule
 from helios_train.models.adapters import group_of
@@ -30,6 +30,7 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
     trained = counts(stage.masters)
     how = "every weight" if build.trains_fully(config) else f"LoRA rank {config.stage.lora.rank} and what is named below"
     batch, micro, devices = config.data.global_batch, config.data.micro_batch, config.trainer.devices
+    accumulated = f"{batch // micro // devices} accumulated{_levels(config)}"
     clips, stored = len(data.store) - len(data.held_out), data.store.manifest
     warned = warnings(stored, clips, batch)
     lines = [
@@ -44,7 +45,7 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
         f"made with codec {shown_encoder(stored.codec)}, text {shown_encoder(stored.text)}",
         f"captions dropped with probability {data.settings.caption_drop:g}",
         f"epoch of {data.order.batches} iterations; {data.order.fill} samples an epoch repeat to fill the last batch",
-        f"global batch {batch} = micro batch {micro} x {devices} devices x {batch // micro // devices} accumulated",
+        f"global batch {batch} = micro batch {micro} x {devices} devices x {accumulated}",
         f"{config.trainer.max_steps} iterations = {batch * config.trainer.max_steps:,} windows",
         f"disk for checkpoints: {disk / 1e6:,.0f} MB",
         "",
@@ -53,6 +54,14 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
         *(["", f"WARNINGS: {len(warned)}", *(f"  ! {line}" for line in warned)] if warned else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _levels(config: Config) -> str:
+    """What the levels of a pyramid add to the work of a step."""
+    if not isinstance(config.stage, MidStage):
+        return ""
+    ratios = config.stage.pyramid.ratios
+    return f" (x {len(ratios)} levels, {sum(ratios)} passes)"
 
 
 def warnings(stored: Manifest, clips: int, batch: int) -> list[str]:

@@ -46,8 +46,10 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     codec, text = build.codec(origin.config), build.text(origin.config)
     if wanted.script is not None:
         prompts: list[str | Script] = [Script(wanted.script, wanted.crossfade)]
+    elif isinstance(wanted.prompt, str):
+        prompts = [wanted.prompt]
     else:
-        prompts = [wanted.prompt] if isinstance(wanted.prompt, str) else [*(wanted.prompt or toy_captions(config, wanted.count))]
+        prompts = [*(wanted.prompt or toy_captions(origin.config, wanted.count))]
     encoded = Encoded(text, prompts)
     text.unload()
     begun = build.start(config, wanted.weights)
@@ -56,9 +58,8 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     build.computes(config, begun.transformer, trains=False)
     transformer = begun.transformer.to(device)
     settings = replace(begun.sampler or build.sampler(config), solver=wanted.solver)
-    sampler = VideoSampler(
-        codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress, toy_speed=toy_speed(config)
-    )
+    speed = toy_speed(origin.config)
+    sampler = VideoSampler(codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress, toy_speed=speed)
     print(f"{config.init}: {size[0]}x{size[1]} pixels, codec {codec.name}, text {text.name}, on {device}", flush=True)
     if start:
         print("\n".join([f"from {start.path}", *(f"  {note}" for note in start.notes)]), flush=True)
@@ -77,8 +78,8 @@ def run(config: Config, raw: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Origin:
-    """How the weights `init` were trained: (H, W) of their videos in pixels, the config whose codec and text go with them, and
-    what a manifest says of these."""
+    """How the weights `init` were trained: (H, W) of their videos in pixels, the config whose codec, text and toy videos go with
+    them, and what a manifest says of the encoders."""
 
     size: tuple[int, int]
     config: Config
@@ -100,7 +101,7 @@ def _origin(config: Config) -> Origin:
         # The run knows its encoders, and where their weights lay; weights of the same kind named now may have moved.
         codec = config.codec if config.codec.name == run.codec.name and getattr(config.codec, "weights", None) else run.codec
         text = config.text if config.text.name == run.text.name and getattr(config.text, "weights", None) else run.text
-        return Origin(run.data.size, replace(config, codec=codec, text=text))
+        return Origin(run.data.size, replace(config, codec=codec, text=text, data=run.data))
     known = manifest.read_manifest(path)
     return Origin(known.size, config, {"codec": known.codec, "text": known.text}) if known else Origin(config.data.size, config)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,10 @@ def video_sampler(config: Config, folder: RunFolder, transformer: HeliosTransfor
         )
     clip = data.held_out[0] if data.held_out else 0
     text = StoredCaption(data.store, clip, config.text.rows)
-    settings = replace(build.sampler(config), solver="euler")
     speed = sample.toy_speed(config)
-    sampler = sample.VideoSampler(build.codec(config), text, settings, config.data.size, FPS, config.seed, toy_speed=speed)
+    sampler = sample.VideoSampler(
+        build.codec(config), text, build.sampler(config), config.data.size, FPS, config.seed, toy_speed=speed
+    )
 
     @torch.no_grad()
     def _sample(iteration: int) -> Clip:
