@@ -5,7 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from helios_train.conf.schema import Config, Data, FolderData, HistoryStage, MidStage, Model, Prepare, Pyramid, Sample, ToyData
+from helios_train.conf.schema import (
+    Config,
+    Data,
+    DistillStage,
+    FewSteps,
+    FolderData,
+    HistoryStage,
+    MidStage,
+    Model,
+    OdeStage,
+    Prepare,
+    Pyramid,
+    Sample,
+    Stage,
+    ToyData,
+)
 from helios_train.errors import ConfigError
 
 MOST_LEVELS, TABLE = 4, 1000  # of a pyramid; entries of the table of noise levels
@@ -25,13 +40,24 @@ def check(config: Config, sweep: bool = False) -> None:
 
 
 def _broken(config: Config) -> Iterator[str]:
-    mix, corrupt = config.stage.mix, config.stage.corrupt
-    yield from _sum_to_one("stage.mix", {"t2v": mix.t2v, "i2v": mix.i2v, "v2v": mix.v2v, "full": mix.full})
-    modes = {"noise": corrupt.noise, "blur": corrupt.blur, "saturation": corrupt.saturation, "clean": corrupt.clean}
-    yield from _sum_to_one("stage.corrupt", modes)
+    if isinstance(config.stage, HistoryStage):
+        mix, corrupt = config.stage.mix, config.stage.corrupt
+        yield from _sum_to_one("stage.mix", {"t2v": mix.t2v, "i2v": mix.i2v, "v2v": mix.v2v, "full": mix.full})
+        modes = {"noise": corrupt.noise, "blur": corrupt.blur, "saturation": corrupt.saturation, "clean": corrupt.clean}
+        yield from _sum_to_one("stage.corrupt", modes)
     yield from _model(config.model)
     if isinstance(config.stage, MidStage):
-        yield from _pyramid(config.stage.pyramid, config.data)
+        pyramid = config.stage.pyramid
+        yield from _pyramid("stage.pyramid.ratios", pyramid.ratios, pyramid, config.data)
+        if pyramid.shift != 1:
+            yield (
+                f"stage.pyramid.shift={pyramid.shift:g}: diffusers' scheduler has no fixed shift beside the dynamic one that "
+                "pyramids are sampled with; leave it at 1"
+            )
+    if isinstance(config.stage, OdeStage | DistillStage):
+        yield from _pyramid("stage.student.steps", config.stage.student.steps, config.stage.student, config.data)
+    if isinstance(config.stage, DistillStage):
+        yield from _distill(config.stage)
     yield from _data(config.data, config.trainer.devices)
     if not config.watch.sigmas:
         yield "watch.sigmas=[]: name at least one noise level, or set watch.every=0"
@@ -82,9 +108,16 @@ def _sample(sample: Sample) -> Iterator[str]:
         yield f"sample.script: section {sections[-1]} lies past the end; sample.sections={sample.sections}"
 
 
-def steps_fit(key: str, steps: int | tuple[int, ...] | None, stage: HistoryStage) -> Iterator[str]:
+def levels_of(stage: Stage) -> int:
+    """Levels of resolution of the model that a stage trains."""
+    if isinstance(stage, OdeStage | DistillStage):
+        return len(stage.student.steps)
+    return len(stage.pyramid.ratios) if isinstance(stage, MidStage) else 1
+
+
+def steps_fit(key: str, steps: int | tuple[int, ...] | None, stage: Stage) -> Iterator[str]:
     """What is wrong with the denoising steps at `key` for a model that `stage` trains: a list of them names each level."""
-    levels = len(stage.pyramid.ratios) if isinstance(stage, MidStage) else 1
+    levels = levels_of(stage)
     if isinstance(steps, tuple) and len(steps) != levels:
         yield f"{key}={list(steps)}: the model has {levels} level{'s' * (levels > 1)}; give a number, or a list of {levels}"
 
@@ -103,22 +136,31 @@ def _model(model: Model) -> Iterator[str]:
         yield f"model.rope_dim: must sum to model.head_dim={model.head_dim}; {written} = {sum(model.rope_dim)}"
 
 
-def _pyramid(pyramid: Pyramid, data: Data) -> Iterator[str]:
-    levels = len(pyramid.ratios)
+def _distill(stage: DistillStage) -> Iterator[str]:
+    fewest, most = stage.rollout.sections
+    if fewest > most:
+        yield f"stage.rollout.sections=[{fewest},{most}]: must be [fewest, most]"
+    if stage.rollout.history == "given" and most > 1:
+        yield (
+            f"stage.rollout.sections=[{fewest},{most}]: after a clip's own history there is one section; set "
+            "stage.rollout.history=own"
+        )
+    if not stage.renoise.low <= stage.renoise.high <= TABLE:
+        yield f"stage.renoise.low={stage.renoise.low}, high={stage.renoise.high}: times rise from low to high, at most {TABLE}"
+
+
+def _pyramid(key: str, numbers: tuple[int, ...], pyramid: Pyramid | FewSteps, data: Data) -> Iterator[str]:
+    """`numbers`: one a level, under `key`."""
+    levels, group = len(numbers), key.rpartition(".")[0]
     if not 1 <= levels <= MOST_LEVELS:
-        yield f"stage.pyramid.ratios={list(pyramid.ratios)}: names the passes of each level; there are 1 to {MOST_LEVELS} levels"
+        yield f"{key}={list(numbers)}: has a number for each level; there are 1 to {MOST_LEVELS} levels"
         return
     if pyramid.gamma > 1 / 3 + ROUNDING:
-        yield f"stage.pyramid.gamma={pyramid.gamma:g}: no noise has correlation below -1/3 inside a 2x2 block; at most 1/3"
-    if pyramid.shift != 1:
-        yield (
-            f"stage.pyramid.shift={pyramid.shift:g}: diffusers' scheduler has no fixed shift beside the dynamic one that "
-            "pyramids are sampled with; leave it at 1"
-        )
+        yield f"{group}.gamma={pyramid.gamma:g}: no noise has correlation below -1/3 inside a 2x2 block; at most 1/3"
     edges = [int(edge * TABLE) for edge in pyramid.edges or ()]
     if pyramid.edges is not None and (len(edges) != levels + 1 or edges[0] or edges[-1] != TABLE or sorted(set(edges)) != edges):
         yield (
-            f"stage.pyramid.edges={list(pyramid.edges)}: {levels} levels need {levels + 1} numbers that rise from 0 to 1, "
+            f"{group}.edges={list(pyramid.edges)}: {levels} levels need {levels + 1} numbers that rise from 0 to 1, "
             ".001 apart or more"
         )
     unit = 16 * 2 ** (levels - 1)

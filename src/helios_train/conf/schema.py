@@ -27,7 +27,7 @@ Weights = Literal["auto", "ema", "last"]
 class Task:
     """The verb."""
 
-    name: Literal["train", "prepare", "merge", "sample", "chain"]
+    name: Literal["train", "prepare", "pairs", "merge", "sample", "chain"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,20 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """Keys of task=pairs."""
+
+    output: str
+    count: Positive
+    sections: Positive
+    steps: Positive
+    guidance: AtLeast0
+    shard_samples: Positive
+    batch: Positive
+    part: str
+
+
+@dataclass(frozen=True)
 class Sample:
     """Keys of task=sample."""
 
@@ -92,6 +106,7 @@ class Lora:
     alpha: Above0
     patch_embedding: bool
     history_patches: bool
+    history_adapters: bool
 
 
 @dataclass(frozen=True)
@@ -159,15 +174,21 @@ class Ema:
 
 
 @dataclass(frozen=True)
-class HistoryStage:
-    """What the stages that train on one section given its history have in common."""
+class Stage:
+    """What all stages have in common."""
 
     trainable: Literal["auto", "lora", "full"]
     lora: Lora
-    mix: Mix
-    corrupt: Corrupt
     caption_drop: Share | None
     ema: Ema
+
+
+@dataclass(frozen=True)
+class HistoryStage(Stage):
+    """What the stages that train on one section given its history have in common."""
+
+    mix: Mix
+    corrupt: Corrupt
 
 
 @dataclass(frozen=True)
@@ -184,6 +205,89 @@ class MidStage(HistoryStage):
 
     name: Literal["mid"]
     pyramid: Pyramid
+
+
+@dataclass(frozen=True)
+class FewSteps:
+    """The few steps of a student, and what it is fed in them."""
+
+    steps: tuple[Positive, ...]
+    amplify: bool
+    edges: tuple[Share, ...] | None
+    gamma: Above0
+    dynamic_shift: Literal["none", "exponential", "linear"]
+    timesteps: Literal["float", "int"]
+    sigmas: Literal["table", "exact"]
+
+
+@dataclass(frozen=True)
+class OdeStage(Stage):
+    """Keys of stage=ode."""
+
+    name: Literal["ode"]
+    student: FewSteps
+    pairs: str | None
+    sections: Positive
+    weight: Above0
+
+
+@dataclass(frozen=True)
+class Sections:
+    """What a rollout begins from, and over how many sections it goes."""
+
+    history: Literal["given", "own"]
+    sections: tuple[Positive, Positive]
+    anneal: Count
+    cold_start: Count
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """At which noise levels teacher and critic look at what the student makes."""
+
+    student: Literal["uniform", "beta"]
+    critic: Literal["uniform", "beta"]
+    anneal: Count
+    low: Positive
+    high: Positive
+    dynamic_shift: Literal["none", "exponential", "linear"]
+    sigmas: Literal["table", "exact"]
+
+
+@dataclass(frozen=True)
+class Critic:
+    """What is the critic's alone."""
+
+    lr: Above0
+    clip: Above0
+
+
+@dataclass(frozen=True)
+class Decouple:
+    """Guidance as a pull of its own."""
+
+    enabled: bool
+    start: Count
+    end: Count
+
+
+@dataclass(frozen=True)
+class DistillStage(HistoryStage):
+    """Keys of stage=distill."""
+
+    name: Literal["distill"]
+    teacher: str | None
+    bases: Literal["auto", "shared", "distinct"]
+    student: FewSteps
+    rollout: Sections
+    renoise: Renoise
+    guidance: AtLeast0
+    negative_text: Literal["prompt"] | None
+    every: Positive
+    critic: Critic
+    align: AtLeast0
+    mean_variance: AtLeast0
+    decouple: Decouple
 
 
 @dataclass(frozen=True)
@@ -373,7 +477,7 @@ class Watch:
     quantiles: Count
     sample: bool
     sample_every: Count
-    sample_steps: Positive | tuple[Positive, ...]
+    sample_steps: Positive | tuple[Positive, ...] | None
     sample_guidance: AtLeast0
     sample_sections: Positive
 
@@ -399,7 +503,7 @@ class Config:
     """The whole config. Order matters for messages: what others interpolate (trainer, data) is read first."""
 
     task: Task
-    stage: BaseStage | MidStage
+    stage: BaseStage | MidStage | OdeStage | DistillStage
     trainer: Trainer
     data: ToyData | FolderData
     recipe: Recipe
@@ -417,6 +521,7 @@ class Config:
     init: str | None
     seed: Count
     prepare: Prepare | None = None
+    pairs: Pairs | None = None
     merge: Merge | None = None
     sample: Sample | None = None
     chain: Chain | None = None
@@ -425,7 +530,7 @@ class Config:
 # Group -> its classes by `name`; "" stands for any other name. A later stage is one more entry of "stage".
 GROUPS: dict[str, dict[str, type]] = {
     "task": {"": Task},
-    "stage": {"base": BaseStage, "mid": MidStage},
+    "stage": {"base": BaseStage, "mid": MidStage, "ode": OdeStage, "distill": DistillStage},
     "recipe": {"": Recipe},
     "model": {"": Model},
     "codec": {"dct": DctCodec, "wan": WanCodec},
@@ -439,4 +544,4 @@ GROUPS: dict[str, dict[str, type]] = {
     "experiment": {"": Experiment},
 }
 # Task -> the class of the keys that stand under its name.
-TASKS: dict[str, type] = {"prepare": Prepare, "merge": Merge, "sample": Sample, "chain": Chain}
+TASKS: dict[str, type] = {"prepare": Prepare, "pairs": Pairs, "merge": Merge, "sample": Sample, "chain": Chain}

@@ -105,8 +105,8 @@ class PairShard:
 class PairsManifest:
     """What pairs.json says.
 
-    made: the teacher, how it was run, the student's steps. encoders: codec and text encoder of the teacher. latent: (C, 9, H, W) of a
-    section at full resolution.
+    made: the teacher, how it was run, the student's steps. encoders: codec and text encoder of the teacher. latent: (C, 9, H, W)
+    of a section at full resolution.
     """
 
     shards: tuple[PairShard, ...]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers import HeliosScheduler
+from diffusers import SchedulerMixin
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def write_folder(
     folder: Path,
     shape: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    scheduler: HeliosScheduler,
+    scheduler: SchedulerMixin,
     pipeline: Mapping[str, Any],
     manifest: ModelManifest,
 ) -> None:
@@ -126,7 +126,7 @@ def write_folder(
     scheduler.save_pretrained(folder / "scheduler")
     parts = {
         "transformer": ["diffusers", BASE_CLASS],
-        "scheduler": ["diffusers", "HeliosScheduler"],
+        "scheduler": ["diffusers", type(scheduler).__name__],
         "vae": [None, None],
         "text_encoder": [None, None],
         "tokenizer": [None, None],

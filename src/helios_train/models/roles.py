@@ -80,6 +80,11 @@ class Backbone:
         return before
 
 
+def as_student(transformer: HeliosTransformer, lineage: Part = Part()) -> Backbone:
+    """The backbone of a student, which is what it plays outside of `run`: its lineage below its own adapter."""
+    return Backbone(transformer, Part((*lineage.adapters, STUDENT), lineage.layers))
+
+
 @dataclass(frozen=True)
 class Roles:
     """Who computes with what. Teacher and critic share a backbone; the student has its own, or (shared) the same one."""

@@ -10,13 +10,13 @@ may change between sections; the latents are those of its own run, bit for bit. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from diffusers import HeliosPipeline, HeliosPyramidPipeline, HeliosScheduler, HeliosTransformer3DModel
+from diffusers import HeliosDMDScheduler, HeliosPipeline, HeliosPyramidPipeline, HeliosScheduler, HeliosTransformer3DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -33,6 +33,8 @@ class SamplerSettings:
     dynamic_shift: the shift of the noise levels by the number of tokens. solver: UniPC of order 2, or Euler. levels, edges,
     gamma, shift: of the pyramid the model was trained on, see `diffusion.pyramid`; a Base model has one level. zero_star:
     guidance as CFG-Zero* (Fan et al., 2025) does it, with no move in the first two steps of the first level (pyramids alone).
+    few_steps: of a distilled student, the steps of each level it was trained for; it is sampled without solver and guidance.
+    amplify: it takes twice as many where nothing precedes a section.
     """
 
     dynamic_shift: Literal["none", "exponential", "linear"] = "exponential"
@@ -42,33 +44,51 @@ class SamplerSettings:
     gamma: float = 1 / 3
     shift: float = 1.0
     zero_star: bool = True
+    few_steps: tuple[int, ...] | None = None
+    amplify: bool = True
 
-    def scheduler(self) -> HeliosScheduler:
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> SamplerSettings:
+        """What a manifest says; TypeError for an unknown key."""
+        lists = {name: tuple(stored[name]) for name in ("edges", "few_steps") if stored.get(name)}
+        return cls(**{**stored, **lists})
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the model is a few-step student."""
+        return self.few_steps is not None
+
+    def scheduler(self) -> HeliosScheduler | HeliosDMDScheduler:
         """The scheduler; the dynamic shift is said outright, for the class's default is none."""
         shifted = self.dynamic_shift != "none"
-        return HeliosScheduler(
+        kind, extra = (HeliosDMDScheduler, {}) if self.distilled else (HeliosScheduler, {"scheduler_type": self.solver})
+        return kind(
             shift=self.shift,
             stages=self.levels,
             stage_range=list(self.edges or (level / self.levels for level in range(self.levels + 1))),
             gamma=self.gamma,
-            scheduler_type=self.solver,
             use_dynamic_shifting=shifted,
             time_shift_type=self.dynamic_shift if shifted else "exponential",
+            **extra,
         )
 
     def pipeline_index(self) -> dict[str, Any]:
         """The pipeline's class and switches, as model_index.json has them."""
-        if self.levels == 1:
+        if self.levels == 1 and not self.distilled:
             return {"_class_name": "HeliosPipeline"}
-        return {"_class_name": "HeliosPyramidPipeline", "is_cfg_zero_star": self.zero_star, "is_distilled": False}
+        return {"_class_name": "HeliosPyramidPipeline", **self.switches()}
+
+    def switches(self) -> dict[str, bool]:
+        """Of HeliosPyramidPipeline."""
+        return {"is_cfg_zero_star": self.zero_star and not self.distilled, "is_distilled": self.distilled}
 
     def steps(self, wanted: int | tuple[int, ...] | None) -> tuple[int, ...]:
-        """Steps of each level: those wanted, one number for all levels, or (None) the published 50, and 20 a level.
+        """Steps of each level: those wanted, one number for all levels, or (None) a student's own, the published 50, 20 a level.
 
         InputError for another number of levels, or none.
         """
         if wanted is None:
-            wanted = 50 if self.levels == 1 else 20
+            wanted = self.few_steps or (50 if self.levels == 1 else 20)
         steps = (wanted,) * self.levels if isinstance(wanted, int) else tuple(wanted)
         if len(steps) != self.levels or min(steps) < 1:
             raise InputError(f"a sample in {list(steps)} steps: the model has {self.levels} levels, each takes at least one")
@@ -123,8 +143,8 @@ def build_pipeline(transformer: HeliosTransformer3DModel, codec: Codec, settings
         "scheduler": settings.scheduler(),
         "transformer": transformer,
     }
-    many = settings.levels > 1
-    pipeline = PyramidPipeline(**parts, is_cfg_zero_star=settings.zero_star) if many else HeliosPipeline(**parts)
+    plain = settings.levels == 1 and not settings.distilled
+    pipeline = HeliosPipeline(**parts) if plain else PyramidPipeline(**parts, **settings.switches())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -133,14 +153,16 @@ def build_pipeline(transformer: HeliosTransformer3DModel, codec: Codec, settings
 class Sections:
     """Sections by a pipeline: in `steps` steps of each level, one at full resolution or several, coarse to fine.
 
-    Null text is all zeros, as in training; with `guidance` <= 1 it is not run. Noise comes from `generator`; one a video makes a
-    video's noise independent of what else is in the batch. The transformer samples in eval mode and gets its mode back.
+    Null text is all zeros, as in training; with `guidance` <= 1 it is not run, nor for a distilled student, whatever is asked.
+    `amplify`: a student takes twice the steps where nothing precedes a section. Noise comes from `generator`; one a video makes
+    a video's noise independent of what else is in the batch. The transformer samples in eval mode and gets its mode back.
     """
 
     pipeline: Pipeline
     steps: tuple[int, ...]
     guidance: float
     generator: torch.Generator | list[torch.Generator]
+    amplify: bool = False
 
     def __call__(self, section: int, text: Tensor, history: History) -> Tensor:
         """One section. InputError for sides that do not divide (16 pixels a level 0, twice that a level more) or other text."""
@@ -155,8 +177,7 @@ class Sections:
                 height=SIDE * history.frames.shape[-2],
                 width=SIDE * history.frames.shape[-1],
                 num_frames=SECTION_FRAMES,
-                **self._steps(),
-                guidance_scale=self.guidance,
+                **self._steps(history),
                 generator=self.generator,
                 image_latents=history.anchor,
                 add_noise_to_image_latents=False,
@@ -166,10 +187,14 @@ class Sections:
             ).frames
         return latents[:, :, -SECTION:].contiguous()
 
-    def _steps(self) -> dict[str, Any]:
-        if isinstance(self.pipeline, HeliosPyramidPipeline):
-            return {"pyramid_num_inference_steps_list": list(self.steps)}
-        return {"num_inference_steps": self.steps[0]}
+    def _steps(self, history: History) -> dict[str, Any]:
+        if not isinstance(self.pipeline, HeliosPyramidPipeline):
+            return {"num_inference_steps": self.steps[0], "guidance_scale": self.guidance}
+        steps = {"pyramid_num_inference_steps_list": list(self.steps)}
+        if not self.pipeline.config.is_distilled:
+            return {**steps, "guidance_scale": self.guidance}
+        # Each call is a first section to the pipeline; the student was trained for more steps where nothing precedes one.
+        return {**steps, "guidance_scale": 1.0, "is_amplify_first_chunk": self.amplify and all(history.empty)}
 
     def _check(self, text: Tensor, history: History) -> None:
         Pyramid(len(self.steps)).sizes(*history.frames.shape[-2:])

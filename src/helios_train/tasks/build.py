@@ -15,11 +15,16 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from helios_train.conf.compose import typed
+from helios_train.conf.schema import BaseStage as BaseStageKeys
 from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
+from helios_train.conf.schema import DistillStage as DistillStageKeys
+from helios_train.conf.schema import HistoryStage as HistoryStageKeys
 from helios_train.conf.schema import MidStage as MidStageKeys
+from helios_train.conf.schema import OdeStage as OdeStageKeys
 from helios_train.data.module import LoadSettings, WindowModule
 from helios_train.data.toy import ToySpec
 from helios_train.diffusion.pyramid import Pyramid
+from helios_train.diffusion.rollout import Rollout
 from helios_train.diffusion.schedule import NoiseLevels
 from helios_train.errors import InputError
 from helios_train.history.corrupt import Corrupt
@@ -32,21 +37,27 @@ from helios_train.models.codecs import Codec, dct_codec, wan_codec
 from helios_train.models.ema import Ema
 from helios_train.models.loading import load_transformer, random_transformer, read_shape
 from helios_train.models.precision import DTYPES
+from helios_train.models.roles import CRITIC, STUDENT, Backbone, Roles, as_student
 from helios_train.models.text import HashText, TextEncoder
 from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer
+from helios_train.objectives.dmd import CriticObjective, Decoupled, StudentObjective
 from helios_train.objectives.flow import FlowObjective, Objective
+from helios_train.objectives.ode import OdeObjective
 from helios_train.objectives.pyramid_flow import PyramidFlowObjective
+from helios_train.objectives.regularise import MeanVariance
+from helios_train.objectives.renoise import Renoise
 from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.base import BaseRecipe, BaseStage
+from helios_train.stages.distill import DistillRecipe, DistillStage, SectionCount
 from helios_train.stages.mid import MidStage
+from helios_train.stages.ode import OdeStage
 from helios_train.stages.stage import Stage
 from helios_train.stages.trainee import LearningRate, Training
 
 Encoders = Mapping[str, Mapping[str, Any]]  # "codec" and "text": name, and fingerprint, rows and dim where they are known
 
-STUDENT = "student"
 CAPTION_DROP = 0.1  # of runs that start from random weights: guidance needs it, and no base model has taught it
 
 
@@ -216,8 +227,7 @@ def start(config: Config, weights: str = "auto") -> Start:
     if known is None:
         return Start(transformer, base=manifest.fingerprint(path))
     try:
-        edges = known.sampler.get("edges")
-        settings = SamplerSettings(**known.sampler | {"edges": tuple(edges) if edges else None})
+        settings = SamplerSettings.read(known.sampler)
     except TypeError as error:
         raise InputError(f"{path / manifest.NAME}: sampler has unknown settings ({error}); merge the run again") from error
     learned = {"codec": known.codec, "text": known.text}
@@ -266,7 +276,8 @@ def lora(config: Config) -> adapters.Lora:
 
 
 def objective(config: Config) -> Objective:
-    """What the stage trains."""
+    """What a stage that learns velocities trains."""
+    assert isinstance(config.stage, BaseStageKeys | MidStageKeys)
     if isinstance(config.stage, MidStageKeys):
         keys = config.stage.pyramid
         return PyramidFlowObjective(
@@ -295,17 +306,53 @@ def objective(config: Config) -> Objective:
 
 def base_recipe(config: Config) -> BaseRecipe:
     """Objective, history mix and corruption of a stage that trains on one section given its history."""
-    stage = config.stage
-    mix, corrupt = asdict(stage.mix), asdict(stage.corrupt)
+    return BaseRecipe(objective(config), *mix_and_corrupt(config), config.seed, config.data.global_batch)
+
+
+def mix_and_corrupt(config: Config) -> tuple[Mix, Corrupt]:
+    """What is done to the history."""
+    assert isinstance(config.stage, HistoryStageKeys)
+    mix, corrupt = asdict(config.stage.mix), asdict(config.stage.corrupt)
     group = {"sample": 1, "micro_batch": config.data.micro_batch}
     mix_group, corrupt_group = group[mix.pop("draw")], group[corrupt.pop("draw")]
-    return BaseRecipe(
-        objective(config),
-        Mix(**mix, group=mix_group),
-        Corrupt(**corrupt, group=corrupt_group),
-        config.seed,
-        config.data.global_batch,
+    return Mix(**mix, group=mix_group), Corrupt(**corrupt, group=corrupt_group)
+
+
+def rollout(config: Config) -> Rollout:
+    """The few steps of a student."""
+    assert isinstance(config.stage, OdeStageKeys | DistillStageKeys)
+    keys = config.stage.student
+    pyramid = Pyramid(len(keys.steps), keys.edges, keys.gamma)
+    return Rollout(pyramid, keys.steps, keys.amplify, keys.dynamic_shift, timesteps=keys.timesteps, sigmas=keys.sigmas)
+
+
+def ode_objective(config: Config) -> OdeObjective:
+    """Regression on a teacher's trajectories."""
+    assert isinstance(config.stage, OdeStageKeys)
+    keys, student = config.stage, config.stage.student
+    few = rollout(config)
+    return OdeObjective(
+        few.pyramid, keys.sections, keys.weight, student.dynamic_shift, timesteps=student.timesteps, sigmas=student.sigmas
     )
+
+
+def distill_recipe(config: Config, negative: torch.Tensor | None = None) -> DistillRecipe:
+    """Objectives of student and critic, and what is done to the history. `negative`: see DistillRecipe."""
+    assert isinstance(config.stage, DistillStageKeys)
+    keys, few, looks = config.stage, rollout(config), config.stage.renoise
+    looking = Renoise(anneal=looks.anneal, dynamic=looks.dynamic_shift, low=looks.low, high=looks.high, sigmas=looks.sigmas)
+    student = StudentObjective(
+        few,
+        replace(looking, density=looks.student),
+        keys.guidance,
+        keys.align,
+        MeanVariance(keys.mean_variance) if keys.mean_variance else None,
+        Decoupled(keys.decouple.start, keys.decouple.end) if keys.decouple.enabled else None,
+    )
+    critic = CriticObjective(few, replace(looking, density=looks.critic))
+    sections = SectionCount(*keys.rollout.sections, keys.rollout.anneal, keys.rollout.cold_start)
+    given = keys.rollout.history == "given"
+    return DistillRecipe(student, critic, *mix_and_corrupt(config), config.seed, keys.every, sections, given, negative)
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -342,7 +389,7 @@ def learning_rate(config: Config) -> LearningRate:
     return LearningRate(o.lr, o.schedule, o.warmup, o.decay, o.total)
 
 
-def stage(config: Config) -> BaseStage:
+def stage(config: Config) -> Stage:
     """The stage of a run, from its first weights on."""
     transformer = start(config).transformer
     adapt(config, transformer)
@@ -350,12 +397,45 @@ def stage(config: Config) -> BaseStage:
     return stage_of(config, transformer)
 
 
-def stage_of(config: Config, transformer: HeliosTransformer) -> BaseStage:
+def stage_of(config: Config, transformer: HeliosTransformer) -> Stage:
     """The stage over a transformer that is ready to train."""
+    if isinstance(config.stage, OdeStageKeys):
+        return OdeStage(ode_objective(config), config.seed, transformer, training(config))
+    if isinstance(config.stage, DistillStageKeys):
+        return distill_stage(config, transformer)
     kind = MidStage if isinstance(config.stage, MidStageKeys) else BaseStage
-    return kind(
-        base_recipe(config), transformer, Training(partial(optimizer, config), learning_rate(config), config.optimizer.clip)
-    )
+    return kind(base_recipe(config), transformer, training(config))
+
+
+def training(config: Config) -> Training:
+    """How what is trained first (in distill the student) is stepped."""
+    return Training(partial(optimizer, config), learning_rate(config), config.optimizer.clip)
+
+
+def distill_stage(config: Config, student: HeliosTransformer) -> DistillStage:
+    """The cast around a student that has its adapter: teacher and critic on the teacher's base."""
+    assert isinstance(config.stage, DistillStageKeys)
+    scores = teacher(config)
+    adapters.add_lora(scores, CRITIC, replace(lora(config), history_adapters=False, history_patches=False), config.seed)
+    computes(config, scores.train(), trains=True)
+    roles = Roles(as_student(student), Backbone(scores))
+    if config.memory.checkpointing:
+        for backbone in (roles.student, roles.scores):
+            backbone.checkpoint_blocks(config.memory.checkpoint_every)
+    how, keys = training(config), config.stage.critic
+    following = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
+    return DistillStage(distill_recipe(config), roles, how, following)
+
+
+def teacher(config: Config) -> HeliosTransformer:
+    """The plain weights of `stage.teacher`. InputError where it is none, or of another shape than the student."""
+    assert isinstance(config.stage, DistillStageKeys)
+    if config.stage.teacher is None:
+        raise InputError(
+            "stage.teacher=null: distribution matching takes a teacher; name the merged folder of the Base model that the "
+            "student comes from"
+        )
+    return start(replace(config, init=config.stage.teacher)).transformer
 
 
 def ema(config: Config, stage: Stage) -> Ema | None:
@@ -368,6 +448,11 @@ def ema(config: Config, stage: Stage) -> Ema | None:
 def sampler(config: Config) -> SamplerSettings:
     """How the trained model is sampled: shifted as trained, and where training has no dynamic shift, as diffusers' pipelines."""
     solver = config.sample.solver if config.sample else "unipc"
+    if isinstance(config.stage, OdeStageKeys | DistillStageKeys):
+        few = config.stage.student
+        own = few.edges, few.gamma, 1.0, False, few.steps, few.amplify
+        return SamplerSettings(few.dynamic_shift, solver, len(few.steps), *own)
+    assert isinstance(config.stage, BaseStageKeys | MidStageKeys)
     if isinstance(config.stage, MidStageKeys):
         keys = config.stage.pyramid
         linear = keys.dynamic_shift if keys.dynamic_shift != "none" else "linear"
@@ -440,6 +525,7 @@ def trained(path: Path, weights: str) -> Trained:
         raise InputError(f"{file}: has no EMA (stage.ema.decay was 0); use weights=last")
     which = "ema" if averages and weights != "last" else "last"
     values = averages[0] if which == "ema" else content["state_dict"]
+    values = {name: value for name, value in values.items() if f".{CRITIC}." not in name}  # which is no part of the model
     begun = start(config)
     adapt(config, begun.transformer)
     expected = {name: tuple(parameter.shape) for name, parameter in adapters.trainable(begun.transformer).items()}

@@ -182,7 +182,7 @@ class VideoSampler:
         """One video into `folder`, written as its sections come; toy captions are judged, others give no figures."""
         script = _as_script(prompt)
         caption = script.captions[0][1]
-        each = self.settings.steps(steps)
+        each, guidance = self.settings.steps(steps), 1.0 if self.settings.distilled else guidance
         name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', caption.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
         judging = len(script.captions) == 1 and parse_caption(caption) is not None
         tracks: list[ToyTrack] = []
@@ -211,7 +211,8 @@ class VideoSampler:
         generator = rng.torch_generator(self.seed, "sample", number)
         nothing = from_nothing(1, self.codec.channels, self.size)
         history = self.start.history(self.codec, generator) if self.start else nothing
-        denoise = Sections(build_pipeline(transformer, self.codec, self.settings), steps, guidance, generator)
+        pipeline = build_pipeline(transformer, self.codec, self.settings)
+        denoise = Sections(pipeline, steps, guidance, generator, self.settings.amplify)
         return grown(denoise, script.texts(embeddings, count), history)
 
 
