@@ -33,8 +33,9 @@ class Videos(L.Callback):
     been called. With several devices the first samples and the others, which have no `sample`, wait for it.
     """
 
-    def __init__(self, sample: Callable[[int], Clip] | None, every: int, ema: Ema | None):
-        self.sample, self.every, self.ema = sample, every, ema
+    def __init__(self, sample: Callable[[int], Clip] | None, every: int, ema: Ema | None, name: str = NAME):
+        """`name`: of the videos in W&B and TensorBoard."""
+        self.sample, self.every, self.ema, self.name = sample, every, ema, name
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -48,14 +49,14 @@ class Videos(L.Callback):
             with self.ema.swapped_in(pl_module.masters.weights) if self.ema else nullcontext():
                 clip = self.sample(iteration)
             for logger in trainer.loggers:
-                show(logger, clip, iteration)
-        trainer.strategy.barrier("video")
+                show(logger, clip, iteration, self.name)
+        trainer.strategy.barrier(self.name)
 
 
-def show(logger: Logger, clip: Clip, iteration: int) -> None:
+def show(logger: Logger, clip: Clip, iteration: int, name: str = NAME) -> None:
     """The video to W&B; its contact sheet to TensorBoard, which would need another package to encode a video."""
     if isinstance(logger, WandbLogger):
-        logger.log_video(NAME, [str(clip.mp4)], iteration, caption=[clip.caption])
+        logger.log_video(name, [str(clip.mp4)], iteration, caption=[clip.caption])
     elif isinstance(logger, TensorBoardLogger):
         with Image.open(clip.sheet) as sheet:
-            logger.experiment.add_image(NAME, np.asarray(sheet), iteration, dataformats="HWC")
+            logger.experiment.add_image(name, np.asarray(sheet), iteration, dataformats="HWC")

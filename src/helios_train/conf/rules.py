@@ -69,6 +69,8 @@ def _broken(config: Config) -> Iterator[str]:
         )
     if config.prepare:
         yield from _prepare(config.prepare, config)
+    if config.pairs:
+        yield from _part("pairs.part", config.pairs.part)
     if config.sample:
         yield from _sample(config.sample)
     if config.chain:
@@ -81,15 +83,19 @@ def _broken(config: Config) -> Iterator[str]:
 def _prepare(prepare: Prepare, config: Config) -> Iterator[str]:
     if isinstance(config.data, FolderData) and prepare.source is None:
         yield "prepare.source=null: name the folder of videos to prepare (or choose data=toy)"
-    part = re.fullmatch(r"(\d+)/(\d+)", prepare.part)
-    if part is None or not 1 <= int(part[1]) <= int(part[2]):
-        yield f"prepare.part={prepare.part}: must be k/n with 1 <= k <= n, the k-th of n shares, such as 3/16"
+    yield from _part("prepare.part", prepare.part)
     for name, key, group in (("codec", config.codec, "wan"), ("text", config.text, "umt5")):
         if key.name == group and getattr(key, "weights", None) is None:
             yield f"{name}.weights=null: {name}={group} needs its weights to encode; name a diffusers folder"
     for listed in ("sizes", "lengths"):
         if getattr(prepare, listed) == ():
             yield f"prepare.{listed}=[]: name at least one, or null"
+
+
+def _part(key: str, value: str) -> Iterator[str]:
+    part = re.fullmatch(r"(\d+)/(\d+)", value)
+    if part is None or not 1 <= int(part[1]) <= int(part[2]):
+        yield f"{key}={value}: must be k/n with 1 <= k <= n, the k-th of n shares, such as 3/16"
 
 
 def _sample(sample: Sample) -> Iterator[str]:

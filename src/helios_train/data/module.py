@@ -12,10 +12,11 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from helios_train import rng
-from helios_train.data.batch import MicroBatches, MicroBatchesOfPairs, Window, WindowPair, stack
+from helios_train.data.batch import MicroBatches, MicroBatchesOfPairs, Window, stack
 from helios_train.data.dataset import PairDataset, WindowDataset
 from helios_train.data.index import ClipStore
 from helios_train.data.order import Cursor, Order, Ref
+from helios_train.data.pairs import PairStore
 from helios_train.errors import InputError
 
 
@@ -37,14 +38,17 @@ class LoadSettings:
 class WindowModule(L.LightningDataModule):
     """Windows of a dataset of shards, or pairs of them. Its state is one integer, the next iteration, which the loop advances."""
 
-    def __init__(self, root: Path, settings: LoadSettings):
+    def __init__(self, root: Path, settings: LoadSettings, trajectories: Path | None = None):
+        """`trajectories`: a folder of a teacher's, to train on in place of the windows of the clips at `root`."""
         super().__init__()
         self.settings = settings
         self.store = ClipStore(root)
         self.held_out = _held_out(self.store, settings.held_out)
         kind = PairDataset if settings.pairs else WindowDataset
         self.dataset = kind(self.store, settings.text_rows, settings.seed, settings.caption_drop)
-        self.order = Order(settings.seed, settings.global_batch, _shapes(self.store, set(self.held_out)))
+        self.trajectories = PairStore(trajectories, settings.text_rows) if trajectories else None
+        shards = [self.trajectories.by_shard()] if self.trajectories else _shapes(self.store, set(self.held_out))
+        self.order = Order(settings.seed, settings.global_batch, shards)
         self.start = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,9 +68,10 @@ class WindowModule(L.LightningDataModule):
 
     def _identity(self) -> dict[str, Any]:
         names = ("seed", "global_batch", "held_out")
-        return {**{name: getattr(self.settings, name) for name in names}, "dataset": self.store.manifest.manifest_sha}
+        own = {**{name: getattr(self.settings, name) for name in names}, "dataset": self.store.manifest.manifest_sha}
+        return own | ({"trajectories": self.trajectories.manifest.sha} if self.trajectories else {})
 
-    def train_dataloader(self) -> DataLoader[list[Window] | list[WindowPair]]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """One element is one iteration: this rank's micro-batches of a global batch, from the cursor on, without end."""
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if (self.settings.global_batch // ranks) % self.settings.micro_batch:
@@ -75,15 +80,22 @@ class WindowModule(L.LightningDataModule):
                 f"data.micro_batch={self.settings.micro_batch} x {ranks} devices; choose one that is"
             )
         workers = self.settings.workers
-        micro_batches = MicroBatchesOfPairs if self.settings.pairs else MicroBatches
+        dataset, collate = self._loader()
         return DataLoader(
-            self.dataset,  # type: ignore[arg-type]  # the collate function makes windows of its pieces
+            dataset,
             batch_sampler=Cursor(self.order, self.start, rank, ranks),  # type: ignore[arg-type]
-            collate_fn=micro_batches(self.settings.micro_batch, self.settings.text_rows),
+            collate_fn=collate,
             num_workers=workers,
             persistent_workers=workers > 0,
             generator=rng.torch_generator(self.settings.seed, "loader workers"),  # or the loader would advance the global one
         )
+
+    def _loader(self) -> tuple[Any, Any]:
+        """What is loaded, and how samples become micro-batches."""
+        if self.trajectories:
+            return self.trajectories, list
+        micro_batches = MicroBatchesOfPairs if self.settings.pairs else MicroBatches
+        return self.dataset, micro_batches(self.settings.micro_batch, self.settings.text_rows)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         """Windows know how to move themselves."""

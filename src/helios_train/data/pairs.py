@@ -174,7 +174,7 @@ def unpack(states: bytes, text: Tensor) -> Trajectory:
     )
 
 
-def write_pair_shard(root: Path, number: int, samples: Iterable[tuple[str, Trajectory, dict[str, Any]]]) -> PairShard:
+def write_pair_shard(root: Path, number: int, samples: Iterable[tuple[str, Trajectory, dict[str, Any]]]) -> None:
     """Writes shard `number`: (key, trajectory, record) a sample; the same bytes for the same samples.
 
     Of the text the first `record["text"]["rows"]` rows are stored: the others are zeros. InputError where numbers are not finite.
@@ -194,10 +194,20 @@ def write_pair_shard(root: Path, number: int, samples: Iterable[tuple[str, Traje
                 places[key] = [(suffix, len(data), crc32(data)) for suffix, data in content.items()]
         offsets = member_offsets(file)
     rows = {key: {name: [offsets[f"{key}.{name}"], size, crc] for name, size, crc in own} for key, own in places.items()}
-    listed = (json.dumps(rows) + "\n").encode()
-    with atomic(root / index) as file:
-        file.write(listed)
-    size = (root / url).stat().st_size
+    with atomic(root / index) as file:  # last: a shard is whole once it has an index
+        file.write((json.dumps(rows) + "\n").encode())
+
+
+def pair_shard(root: Path, number: int) -> PairShard | None:
+    """Shard `number` where it is whole: its index is there, and its bytes are as many as that lists. Else None."""
+    url, index = f"ode/{number:06d}.tar", f"ode/{number:06d}.idx"
+    try:
+        listed = (root / index).read_bytes()
+        rows, size = json.loads(listed), (root / url).stat().st_size
+    except (OSError, ValueError):
+        return None
+    if max(start + length for own in rows.values() for start, length, _ in own.values()) > size:
+        return None
     return PairShard(url, len(rows), size, sha256_of(root / url), index, hashlib.sha256(listed).hexdigest())
 
 

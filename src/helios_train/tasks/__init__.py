@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from helios_train.conf.schema import Config
-from helios_train.tasks import chain, merge, prepare, sample, train
+from helios_train.tasks import chain, merge, pairs, prepare, sample, train
 
-TASKS = {"train": train.run, "prepare": prepare.run, "merge": merge.run, "sample": sample.run, "chain": chain.run}
+TASKS = {
+    "train": train.run,
+    "prepare": prepare.run,
+    "pairs": pairs.run,
+    "merge": merge.run,
+    "sample": sample.run,
+    "chain": chain.run,
+}
 
 
 def run_task(config: Config, raw: dict[str, Any]) -> None:

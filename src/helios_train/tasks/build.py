@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -125,9 +126,22 @@ def source(config: Config) -> Path:
 
 def data(config: Config) -> WindowModule:
     """The data of a run, out of the shards of `data.root`."""
-    root = Path(config.data.root)
+    _can_watch(config)
+    module = _module(config)
+    _check_data(config, module)
+    return module
+
+
+def clips(config: Config) -> WindowModule:
+    """The clips of `data.root`, whatever the stage trains on."""
+    module = WindowModule(Path(config.data.root), _load_settings(config))
+    _check_data(config, module)
+    return module
+
+
+def _load_settings(config: Config) -> LoadSettings:
     drop = config.stage.caption_drop
-    settings = LoadSettings(
+    return LoadSettings(
         global_batch=config.data.global_batch,
         micro_batch=config.data.micro_batch,
         workers=config.data.workers,
@@ -135,15 +149,49 @@ def data(config: Config) -> WindowModule:
         text_rows=config.text.rows,
         caption_drop=drop if drop is not None else CAPTION_DROP * (config.init is None),
         seed=config.seed,
+        pairs=isinstance(config.stage, DistillStageKeys),
     )
-    _can_watch(config)
-    module = WindowModule(root, settings)
+
+
+def _check_data(config: Config, module: WindowModule) -> None:
+    """InputError where the shards have other encoders than the config, or no videos of its size."""
     stored = module.store.manifest
     _fits(config, {"codec": stored.codec, "text": stored.text})
     sizes = {(bucket.height, bucket.width) for bucket in module.store.buckets}
     if config.data.size not in sizes:
         have = ", ".join(f"[{h},{w}]" for h, w in sorted(sizes))
-        raise InputError(f"{root}: holds videos of {have}, data.size is {list(config.data.size)}; set data.size to one of them")
+        wanted = list(config.data.size)
+        raise InputError(f"{config.data.root}: holds videos of {have}, data.size is {wanted}; set data.size to one of them")
+
+
+def _module(config: Config) -> WindowModule:
+    """Windows of the clips; of stage=ode a teacher's trajectories beside them. InputError for those of another student."""
+    root, settings = Path(config.data.root), _load_settings(config)
+    if not isinstance(config.stage, OdeStageKeys):
+        return WindowModule(root, settings)
+    if config.stage.pairs is None:
+        raise InputError(
+            "stage.pairs=null: regression takes a teacher's trajectories; make them with task=pairs and name the folder"
+        )
+    module = WindowModule(root, settings, Path(config.stage.pairs))
+    assert module.trajectories
+    stored = module.trajectories.manifest
+    made, wanted = stored.made, json.loads(json.dumps(asdict(config.stage.student)))
+    keys = ("steps", "amplify", "edges", "gamma", "dynamic_shift")
+    other = [
+        f"{key}={made['student'][key]}, stage.student has {wanted[key]}" for key in keys if made["student"][key] != wanted[key]
+    ]
+    if other:
+        raise InputError(
+            f"{config.stage.pairs}: was made for a student of {other[0]}; make pairs for this one, or train that one"
+        )
+    same_encoders(
+        stored.encoders,
+        f"the pairs {config.stage.pairs}",
+        {"codec": module.store.manifest.codec, "text": module.store.manifest.text},
+        f"the dataset {config.data.root}",
+        "make the pairs again from a teacher of the same encoders",
+    )
     return module
 
 
@@ -244,6 +292,13 @@ def _same_shape(config: Config, folder: Path) -> None:
             )
 
 
+def start_lineage(config: Config) -> tuple[manifest.Link, ...]:
+    """What the weights of `init` have been through, without loading them; none of somebody else's folder."""
+    assert config.init is not None
+    known = manifest.read_manifest(Path(config.init))
+    return known.lineage if known else ()
+
+
 def trains_fully(config: Config) -> bool:
     """Whether every weight trains: as asked, or (auto) where the run starts from random weights."""
     return config.stage.trainable == "full" or (config.stage.trainable == "auto" and config.init is None)
@@ -273,6 +328,11 @@ def computes(config: Config, transformer: HeliosTransformer, trains: bool) -> No
 def lora(config: Config) -> adapters.Lora:
     """The adapter of the stage."""
     return adapters.Lora(**asdict(config.stage.lora))
+
+
+def learns_velocities(config: Config) -> bool:
+    """Whether the stage learns velocities at all noise levels, as Base and Mid do."""
+    return isinstance(config.stage, BaseStageKeys | MidStageKeys)
 
 
 def objective(config: Config) -> Objective:
@@ -438,11 +498,22 @@ def teacher(config: Config) -> HeliosTransformer:
     return start(replace(config, init=config.stage.teacher)).transformer
 
 
+def teacher_sampler(config: Config) -> SamplerSettings:
+    """How the teacher is sampled; a folder that does not say is a Base model's."""
+    assert isinstance(config.stage, DistillStageKeys) and config.stage.teacher is not None
+    folder = Path(config.stage.teacher)
+    if _is_run(folder):
+        return sampler(_content(folder)[1])
+    known = manifest.read_manifest(folder)
+    return SamplerSettings.read(known.sampler) if known else SamplerSettings()
+
+
 def ema(config: Config, stage: Stage) -> Ema | None:
     """The moving average of what the stage trains; None where it is off."""
     settings = config.stage.ema
+    every = config.stage.every if isinstance(config.stage, DistillStageKeys) else 1  # iterations from one update to the next
     to_host = partial(Places(device(config)).put, place=HOST)
-    return Ema(stage.masters.state_dict(), settings.decay, settings.start, to_host) if settings.decay else None
+    return Ema(stage.masters.state_dict(), settings.decay, settings.start // every, to_host) if settings.decay else None
 
 
 def sampler(config: Config) -> SamplerSettings:

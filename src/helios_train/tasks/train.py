@@ -20,7 +20,6 @@ from helios_train.callbacks.preempt import Preempt
 from helios_train.callbacks.save_loggers import SaveLoggers
 from helios_train.callbacks.throughput import Throughput
 from helios_train.callbacks.validation import HeldOut
-from helios_train.callbacks.videos import Videos
 from helios_train.conf import compose
 from helios_train.conf.schema import Config
 from helios_train.data.module import WindowModule
@@ -156,13 +155,12 @@ def watchers(config: Config, folder: RunFolder, stage: Stage, data: WindowModule
     if ema:
         callbacks.append(EmaCallback(ema))
     callbacks.append(Throughput(config.trainer.log_every, config.data.global_batch, partial(_measured, config, folder, done)))
-    if config.watch.every and config.data.held_out:
+    if config.watch.every and config.data.held_out and build.learns_velocities(config):
         objective = build.objective(config)
         watch = config.watch
         callbacks.append(HeldOut(objective, watch.sigmas, watch.quantiles, watch.clips, watch.every, config.seed, ema))
     if config.watch.sample:
-        sampler = watching.video_sampler(config, folder, stage.transformer, data) if _local_rank() == 0 else None
-        callbacks.append(Videos(sampler, config.watch.sample_every, ema))
+        callbacks += watching.videos(config, folder, stage, data, ema, main=_local_rank() == 0)
     callbacks += [SaveLoggers(), Preempt(checkpoint), checkpoint]
     if config.trainer.progress:
         callbacks.append(RichProgressBar())

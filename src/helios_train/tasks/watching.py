@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from helios_train.callbacks.metrics_csv import MetricsCsv
-from helios_train.callbacks.videos import Clip
+from helios_train.callbacks.videos import NAME, Clip, Videos
 from helios_train.conf.schema import Config, WanCodec
 from helios_train.conf.schema import TensorBoardLogger as TensorBoardKeys
 from helios_train.conf.schema import WandbLogger as WandbKeys
 from helios_train.data.index import ClipStore
 from helios_train.data.module import WindowModule
 from helios_train.errors import InputError
+from helios_train.models.ema import Ema
+from helios_train.models.roles import STUDENT, TEACHER, Roles
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.run import RunFolder
+from helios_train.sampling.pipeline import SamplerSettings
+from helios_train.stages.distill import DistillStage
+from helios_train.stages.stage import Stage
 from helios_train.tasks import build, sample
 
 FPS = 25  # of sampled videos, where the data do not say
@@ -65,8 +71,44 @@ class StoredCaption:
         return [{self.caption: self._stored}[caption] for caption in captions]
 
 
-def video_sampler(config: Config, folder: RunFolder, transformer: HeliosTransformer, data: WindowModule) -> Callable[[int], Clip]:
-    """Samples into videos/<iteration>_<caption>: the caption of the first held-out clip (else of the first clip).
+def videos(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, ema: Ema | None, main: bool) -> list[Callback]:
+    """The videos of a run: of what it trains; in distill of the student, its average and the teacher, from the same noise.
+
+    Devices other than the `main` one only wait.
+    """
+    every, own = config.watch.sample_every, build.sampler(config)
+
+    def _of(transformer: HeliosTransformer, settings: SamplerSettings, name: str = "") -> Callable[[int], Clip] | None:
+        return video_sampler(config, folder, transformer, data, settings, name) if main else None
+
+    if not isinstance(stage, DistillStage):
+        return [Videos(_of(stage.transformer, own), every, ema)]
+    teacher = _of(stage.roles.scores.transformer, build.teacher_sampler(config), TEACHER)
+    samples = [
+        (STUDENT, _of(stage.transformer, own, STUDENT), None),
+        ("ema", _of(stage.transformer, own, "ema"), ema),
+        (TEACHER, teacher and _in_role(stage.roles, TEACHER, teacher), None),
+    ]
+    return [Videos(sampler, every, average, f"{NAME}/{name}") for name, sampler, average in samples if name != "ema" or average]
+
+
+def _in_role(roles: Roles, role: str, sampler: Callable[[int], Clip]) -> Callable[[int], Clip]:
+    def _sample(iteration: int) -> Clip:
+        with roles.backbone(role).run(roles.part(role)):
+            return sampler(iteration)
+
+    return _sample
+
+
+def video_sampler(
+    config: Config,
+    folder: RunFolder,
+    transformer: HeliosTransformer,
+    data: WindowModule,
+    settings: SamplerSettings,
+    name: str = "",
+) -> Callable[[int], Clip]:
+    """Samples into videos/<iteration>_<name>_<caption>: the caption of the first held-out clip (else of the first clip).
 
     InputError where the codec has no weights to decode with.
     """
@@ -79,16 +121,15 @@ def video_sampler(config: Config, folder: RunFolder, transformer: HeliosTransfor
     clip = data.held_out[0] if data.held_out else 0
     text = StoredCaption(data.store, clip, config.text.rows)
     speed = sample.toy_speed(config)
-    sampler = sample.VideoSampler(
-        build.codec(config), text, build.sampler(config), config.data.size, FPS, config.seed, toy_speed=speed
-    )
+    sampler = sample.VideoSampler(build.codec(config), text, settings, config.data.size, FPS, config.seed, toy_speed=speed)
+    steps = settings.steps(None if settings.distilled else watch.sample_steps)  # refused now, not when the first video is due
 
     @torch.no_grad()
     def _sample(iteration: int) -> Clip:
         unfinished = folder.videos / "unfinished"
-        plan = watch.sample_sections, watch.sample_steps, watch.sample_guidance
+        plan = watch.sample_sections, steps, watch.sample_guidance
         saved, judged = sampler.sample(transformer, text.caption, NUMBER, *plan, unfinished)
-        mp4, sheet, _ = (_move(Path(part), folder.videos, iteration) for part in saved)
+        mp4, sheet, _ = (_move(Path(part), folder.videos, iteration, name) for part in saved)
         shutil.rmtree(unfinished)  # with what a killed run may have left in it
         print(f"{mp4}\n{sheet}", flush=True)
         if judged:
@@ -98,6 +139,6 @@ def video_sampler(config: Config, folder: RunFolder, transformer: HeliosTransfor
     return _sample
 
 
-def _move(part: Path, folder: Path, iteration: int) -> Path:
-    """A finished file under the iteration in place of the sampler's number."""
-    return part.replace(folder / f"{iteration:08d}_{part.name.partition('_')[2]}")
+def _move(part: Path, folder: Path, iteration: int, name: str) -> Path:
+    """A finished file under the iteration, and the name of what was sampled, in place of the sampler's number."""
+    return part.replace(folder / "_".join(filter(None, (f"{iteration:08d}", name, part.name.partition("_")[2]))))
