@@ -2,7 +2,8 @@
 
 Points of a plane stand in for sections: latents [B, 2, 1, 8, 8] are 64 points a sample. The teacher is the exact velocity of a
 mixture of normals. Student and critic are small networks, both first fitted to the teacher's velocity: distillation starts from
-trained weights. Then the student's and the critic's own objectives train them, the student every 5th turn. Measured is the energy
+trained weights. Then the student's and the critic's own objectives train them, the student every 5th turn, once with rollouts run
+to their last step and once left at a random one, as published. Measured is the energy
 distance of points made in the student's few steps from points of the density, beside that of the teacher's own samples.
 Writes results/dmd_2d.json and results/dmd_2d.png.
 """
@@ -124,15 +125,17 @@ def fitted(mixture: Mixture, updates: int, seed: int) -> Network:
     return network
 
 
-def rollouts(seed: int, who: str, turn: int) -> tuple[RolloutDraw, ...]:
-    """What one turn's rollout draws."""
+def rollouts(seed: int, who: str, turn: int, early: bool) -> tuple[RolloutDraw, ...]:
+    """What one turn's rollout draws; left early, at a random step, or at the last."""
     start = rng.normal(rng.generator(seed, f"{who} start noise", turn), (BATCH, *SHAPE))
-    return (RolloutDraw(start, (), ROLLOUT.exits(seed, who, (turn,), empty=True)),)
+    return (RolloutDraw(start, (), ROLLOUT.exits(seed, who, (turn,), empty=True) if early else None),)
 
 
-def distil(mixture: Mixture, network: Network, updates: int, seed: int, rate: float = 1e-3) -> tuple[Network, list[list[float]]]:
+def distil(
+    mixture: Mixture, network: Network, updates: int, seed: int, early: bool, rate: float = 1e-3
+) -> tuple[Network, list[list[float]]]:
     """The student's running mean after that many updates, and its energy distance on the way: [[updates, distance], ...]."""
-    student, critic, mean = network, copy.deepcopy(network), copy.deepcopy(network)
+    student, critic, mean = copy.deepcopy(network), copy.deepcopy(network), copy.deepcopy(network)
     objective, learns = StudentObjective(ROLLOUT, LOOKS, guidance=0.0), CriticObjective(ROLLOUT, LOOKS)
     optimizers = [
         torch.optim.AdamW(each.parameters(), lr=rate, betas=(0.0, 0.999), weight_decay=0.0) for each in (student, critic)
@@ -145,7 +148,9 @@ def distil(mixture: Mixture, network: Network, updates: int, seed: int, rate: fl
                 group["lr"] = rate * (1 - turn / (updates * RATIO))
         if turn % RATIO == 0:
             look = LOOKS.draw(seed, "student renoise", turn, range(BATCH), SHAPE)
-            loss = objective(Cast(student, mixture.velocity, critic), TOLD, StudentDraw(rollouts(seed, "student", turn), look))
+            loss = objective(
+                Cast(student, mixture.velocity, critic), TOLD, StudentDraw(rollouts(seed, "student", turn, early), look)
+            )
             _step(optimizers[0], loss.total)
             done = turn // RATIO + 1
             with torch.no_grad():
@@ -154,7 +159,7 @@ def distil(mixture: Mixture, network: Network, updates: int, seed: int, rate: fl
             if done % max(1, updates // 10) == 0:
                 way.append([done, energy_between(few_step_points(mean, 4096), reference)])
         look = LOOKS.draw(seed, "critic renoise", turn, range(BATCH), SHAPE)
-        _step(optimizers[1], learns(student, critic, TOLD, CriticDraw(rollouts(seed, "critic", turn), look)).total)
+        _step(optimizers[1], learns(student, critic, TOLD, CriticDraw(rollouts(seed, "critic", turn, early), look)).total)
     return mean, way
 
 
@@ -173,13 +178,15 @@ def main() -> None:
     given, mixture, begin = parser.parse_args(), Mixture(), time.perf_counter()
     network = fitted(mixture, 2000, given.seed)
     start = few_step_points(network, given.points)
-    student, way = distil(mixture, network, given.updates, given.seed)
+    random, way = distil(mixture, network, given.updates, given.seed, early=True)
+    last, way_last = distil(mixture, network, given.updates, given.seed, early=False)
     sets = {
         "density": mixture.draw(rng.generator(0, "other points"), given.points),
         "teacher_20_steps": teacher_points(mixture, given.points, 20),
         "teacher_50_steps": teacher_points(mixture, given.points, 50),
         "start_2_steps": start,
-        "student_2_steps": few_step_points(student, given.points),
+        "student_2_steps": few_step_points(last, given.points),
+        "random_exits_2_steps": few_step_points(random, given.points),
     }
     reference = mixture.draw(rng.generator(0, "points"), given.points)
     distances = {name: energy_between(points, reference) for name, points in sets.items()}
@@ -189,7 +196,8 @@ def main() -> None:
         "energy_distance": distances,
         "start_over_student": distances["start_2_steps"] / distances["student_2_steps"],
         "student_over_teacher": distances["student_2_steps"] / distances["teacher_20_steps"],
-        "way": way,
+        "way": way_last,
+        "way_random_exits": way,
         "updates": given.updates,
         "points": given.points,
         "seed": given.seed,
@@ -198,7 +206,7 @@ def main() -> None:
         "torch": torch.__version__,
     }
     (folder / "dmd_2d.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(sets, way, distances).save(folder / "dmd_2d.png", optimize=True)
+    plot(sets, way_last, distances).save(folder / "dmd_2d.png", optimize=True)
 
 
 def plot(sets: dict[str, Tensor], way: list[list[float]], distances: dict[str, float]) -> Image.Image:

@@ -74,13 +74,14 @@ def test_the_teacher_of_the_plane_is_exact_and_matching_approaches_it(dmd_2d: Mo
     for function in (found, 0.5 * noise + 0.5 * clean, (noise + clean).sin(), torch.ones_like(clean)):
         assert abs((residual * function).mean().item()) < 5 * (residual * function).std().item() / residual.numel() ** 0.5
     network = dmd_2d.fitted(mixture, 300, 0)
-    _, way = dmd_2d.distil(mixture, network, 60, 0)
+    _, way = dmd_2d.distil(mixture, network, 60, 0, early=True)
     assert way[-1][1] < way[0][1] / 2
 
 
 def test_the_committed_student_reaches_the_density() -> None:
-    """Ten times nearer than it began, and within twice the distance of its teacher's samples in 20 steps."""
-    result = json.loads((SCRIPTS / "results" / "dmd_2d.json").read_text())
-    distance = result["energy_distance"]
+    """Ten times nearer than it began, and within twice the distance of its teacher's samples, in 20 steps or 50."""
+    distance = json.loads((SCRIPTS / "results" / "dmd_2d.json").read_text())["energy_distance"]
     assert distance["student_2_steps"] < distance["start_2_steps"] / 10
-    assert distance["student_2_steps"] < 2 * distance["teacher_20_steps"]
+    assert distance["student_2_steps"] < 2 * min(distance["teacher_20_steps"], distance["teacher_50_steps"])
+    # Left at random steps the critic learns all exits' sections as one density: the last step's alone stay off it.
+    assert distance["student_2_steps"] < distance["random_exits_2_steps"] < distance["start_2_steps"] / 10
