@@ -1,4 +1,4 @@
-"""The benchmarks of the transformer and its kernels, at a size that takes seconds: what they compare is the same computation."""
+"""The benchmarks of the transformer, its kernels and distillation, at a size that takes seconds: they measure what they say."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from types import ModuleType
 import pytest
 import torch
 
+from helios_train import rng
+
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def dmd_2d(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("dmd_2d")
 
 
 @pytest.fixture
@@ -53,3 +61,27 @@ def test_the_committed_results_are_of_the_scripts() -> None:
         assert result["machine"] and result["torch"] and result["turns"] >= 5
         for sizes in result["sizes"].values():
             assert sizes
+
+
+def test_the_teacher_of_the_plane_is_exact_and_matching_approaches_it(dmd_2d: ModuleType) -> None:
+    """Its velocity is the one that no other beats on noised points; a student nears the density within 60 updates."""
+    mixture = dmd_2d.Mixture()
+    draw = rng.generator(0, "points")
+    clean = mixture.draw(draw, 40_000).view(10_000, 1, 2, 2, 2).movedim(-1, 1)
+    noise, sigma = rng.normal(draw, clean.shape), torch.full((10_000,), 0.5)
+    found = mixture.velocity(0.5 * noise + 0.5 * clean, 1000 * sigma, dmd_2d.TEXT, dmd_2d.NOTHING)
+    residual = noise - clean - found  # of a conditional mean: uncorrelated with any function of what was given
+    for function in (found, 0.5 * noise + 0.5 * clean, (noise + clean).sin(), torch.ones_like(clean)):
+        assert abs((residual * function).mean().item()) < 5 * (residual * function).std().item() / residual.numel() ** 0.5
+    network = dmd_2d.fitted(mixture, 300, 0)
+    _, way = dmd_2d.distil(mixture, network, 60, 0, early=True)
+    assert way[-1][1] < way[0][1] / 2
+
+
+def test_the_committed_student_reaches_the_density() -> None:
+    """Ten times nearer than it began, and within twice the distance of its teacher's samples, in 20 steps or 50."""
+    distance = json.loads((SCRIPTS / "results" / "dmd_2d.json").read_text())["energy_distance"]
+    assert distance["student_2_steps"] < distance["start_2_steps"] / 10
+    assert distance["student_2_steps"] < 2 * min(distance["teacher_20_steps"], distance["teacher_50_steps"])
+    # Left at random steps the critic learns all exits' sections as one density: the last step's alone stay off it.
+    assert distance["student_2_steps"] < distance["random_exits_2_steps"] < distance["start_2_steps"] / 10

@@ -226,3 +226,11 @@ def test_the_shift_is_the_levels_own() -> None:
     exponential = chosen.factors("exponential", 9, 48, 80)
     assert exponential == pytest.approx([1.730, 2.276, 6.815], abs=1e-3)
     assert chosen.factors("exponential", 9, 48, 80, cap=2.0) == pytest.approx([1.730, 2.0, 2.0], abs=1e-3)
+
+
+def test_a_shift_that_lags_a_level_behind() -> None:
+    """As diffusers' pipeline counts tokens: .548, .548, .822 at 384 x 640, where training has .548, .822, 1.919."""
+    for count in (1, 2, 3, 4):
+        own = Pyramid(count).factors("linear", 9, 48, 80)
+        assert Pyramid(count).factors("linear", 9, 48, 80, behind=True) == [own[0], *own[:-1]]
+    assert Pyramid().factors("none", 9, 48, 80, behind=True) == [None] * 3

@@ -168,9 +168,16 @@ class Pyramid:
         """Noisy tokens of each level, coarse to fine; InputError as of `sizes`."""
         return [token_count(frames, *size) for size in self.sizes(rows, columns)]
 
-    def factors(self, kind: str, frames: int, rows: int, columns: int, cap: float | None = None) -> list[float | None]:
-        """The dynamic shift of each level, by its own tokens, as `Level.at` takes it: None throughout for kind `none`."""
+    def factors(
+        self, kind: str, frames: int, rows: int, columns: int, cap: float | None = None, behind: bool = False
+    ) -> list[float | None]:
+        """The dynamic shift of each level, by its own tokens, as `Level.at` takes it: None throughout for kind `none`.
+
+        behind: all but the first by the tokens of the level before, as HeliosPyramidPipeline has it (diffusers 0.42): it counts
+        before it doubles.
+        """
         tokens = self.tokens(frames, rows, columns)
+        tokens = [tokens[0], *tokens[:-1]] if behind else tokens
         return [None if kind == "none" else dynamic_factor(kind, number, cap) for number in tokens]
 
     def points(self, clean_BCTHW: Tensor, noise_BCTHW: Tensor) -> list[tuple[Tensor, Tensor]]:

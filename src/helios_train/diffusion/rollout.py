@@ -71,9 +71,9 @@ class Rolled:
 class Rollout:
     """Rollouts over `pyramid` in `steps` of each level, coarse to fine, twice as many where history is empty with `amplify`.
 
-    dynamic, cap: the shift of sigma by a level's tokens, as of NoiseLevels. sigmas: the `exact` ones of the steps, as diffusers'
-    sampler has them, or those of the `table` entries nearest in time, as published training has them. timesteps: the network is
-    fed the steps' times as `float`, or cut to `int`, as diffusers' sampler feeds them; sigma is that of the uncut time.
+    dynamic, cap, behind: the shift of sigma by a level's tokens, as of Pyramid.factors. sigmas: the `exact` ones of the steps,
+    as diffusers' sampler has them, or those of the `table` entries nearest in time, as published training has them. timesteps:
+    the network is fed the steps' times as `float`, or cut to `int`, as diffusers' sampler feeds them; sigma stays the step's.
     """
 
     pyramid: Pyramid
@@ -83,6 +83,7 @@ class Rollout:
     cap: float | None = None
     timesteps: Literal["float", "int"] = "float"
     sigmas: Literal["table", "exact"] = "table"
+    behind: bool = False
 
     def __post_init__(self) -> None:
         if len(self.steps) != self.pyramid.count or min(self.steps) < 1:
@@ -96,7 +97,7 @@ class Rollout:
 
     def schedule(self, shape: Sequence[int], empty: bool) -> list[list[Step]]:
         """The steps of each level for latents `shape` = (..., T, H, W). InputError as of Pyramid.sizes."""
-        factors = self.pyramid.factors(self.dynamic, shape[-3], shape[-2], shape[-1], self.cap)
+        factors = self.pyramid.factors(self.dynamic, shape[-3], shape[-2], shape[-1], self.cap, self.behind)
         counted = enumerate(zip(self.counts(empty), factors, strict=True))
         return [self._steps(level, count, factor) for level, (count, factor) in counted]
 

@@ -37,8 +37,9 @@ class OdeDraw:
 class OdeObjective:
     """The loss over `sections` different sections of a trajectory and all their levels, one step each.
 
-    dynamic, cap: the shift the teacher was run with. timesteps: the network is fed the stored times as `float` or cut to `int`.
-    sigmas: at a stored time, that of the `table` entry nearest (the teacher's own, where its times are the table's), or `exact`.
+    dynamic, cap, behind: the shift the teacher was run with, as of Pyramid.factors. timesteps: the network is fed the stored
+    times as `float` or cut to `int`. sigmas: at a stored time that of the `table` entry nearest (the teacher's own, where its
+    times are the table's), or `exact`.
     """
 
     pyramid: Pyramid
@@ -48,6 +49,7 @@ class OdeObjective:
     cap: float | None = None
     timesteps: Literal["float", "int"] = "float"
     sigmas: Literal["table", "exact"] = "table"
+    behind: bool = False
 
     def __post_init__(self) -> None:
         if self.sections < 1:
@@ -76,7 +78,7 @@ class OdeObjective:
         """
         terms = len(draw.sections) * self.pyramid.count
         frames, rows, columns = trajectory.final(0).shape[2:]
-        factors = self.pyramid.factors(self.dynamic, frames, rows, columns, self.cap)
+        factors = self.pyramid.factors(self.dynamic, frames, rows, columns, self.cap, self.behind)
         chosen = dict(zip(draw.sections, draw.steps, strict=True))
         for section, history in enumerate(trajectory.histories()):
             for level, step in enumerate(chosen.get(section, ())):
