@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from helios_train import rng
 from helios_train.errors import InputError
 from helios_train.history import History
-from helios_train.models.adapters import Lora, add_frozen, add_lora, folded, link_state, trainable
-from helios_train.models.roles import CRITIC, STUDENT, TEACHER, Backbone, Part, Roles
+from helios_train.models.adapters import Lora, Part, add_frozen, add_lora, folded, link_state, trainable
+from helios_train.models.roles import CRITIC, STUDENT, TEACHER, Backbone, Roles
 from helios_train.models.transformer import HeliosTransformer
 
 Inputs = tuple[Tensor, Tensor, Tensor, History]

@@ -216,6 +216,7 @@ class FewSteps:
     edges: tuple[Share, ...] | None
     gamma: Above0
     dynamic_shift: Literal["none", "exponential", "linear"]
+    shift_tokens: Literal["own", "before"]
     timesteps: Literal["float", "int"]
     sigmas: Literal["table", "exact"]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from helios_train import rng
@@ -28,6 +32,17 @@ class Lora:
     patch_embedding: bool = True
     history_patches: bool = True
     history_adapters: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a role adds to its backbone: adapters by name, and whole layers that stand in for the backbone's own."""
+
+    adapters: tuple[str, ...] = ()
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
+
+
+NOTHING = Part()  # a backbone by itself
 
 
 def lora_targets(transformer: HeliosTransformer, lora: Lora) -> list[str]:
@@ -94,6 +109,37 @@ def add_frozen(transformer: HeliosTransformer, name: str, tensors: Mapping[str, 
     audit({key: tuple(parameter.shape) for key, parameter in found.items()}, given, where)
     for key, parameter in found.items():
         parameter.copy_(given[key])
+
+
+def add_lineage(transformer: HeliosTransformer, links: Mapping[str, Sequence[Path]]) -> Part:
+    """Puts earlier links, in their order, frozen on their common base: the files of each, as `manifest.write_adapter` names them.
+
+    A layer that a link trained in full takes the place of the base's own, and ends what earlier links adapted of it. InputError
+    names a file that is missing, damaged, or of another model.
+    """
+    tensors = {name: {key: value for file in files for key, value in _read(file).items()} for name, files in links.items()}
+    layers: dict[str, nn.Module] = {}
+    for number, (name, content) in enumerate(tensors.items()):
+        whole = {key.rpartition(".")[0] for key in content if ".lora_" not in key}
+        for layer in whole:
+            own = copy.deepcopy(transformer.get_submodule(layer)).requires_grad_(False)
+            given = {key: content[f"{layer}.{key}"] for key in ("weight", "bias")}
+            audit({key: tuple(value.shape) for key, value in own.state_dict().items()}, given, f"link {name}, {layer}")
+            own.load_state_dict(given)
+            layers[layer] = own
+        for earlier in list(tensors.values())[:number]:
+            for key in [key for key in earlier if any(key.startswith(f"transformer.{layer}.lora_") for layer in whole)]:
+                del earlier[key]
+    for name, content in tensors.items():
+        add_frozen(transformer, name, {key: value for key, value in content.items() if ".lora_" in key}, f"link {name}")
+    return Part(tuple(tensors), layers)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); copy or merge that folder again") from error
 
 
 def _inject(transformer: HeliosTransformer, name: str, config: LoraConfig, seed: int) -> None:

@@ -7,36 +7,29 @@ work: `Backbone` hands every checkpoint the role of its forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from helios_train.history import History
+from helios_train.models.adapters import NOTHING, Part
 from helios_train.models.transformer import HeliosTransformer
 
 STUDENT, TEACHER, CRITIC = "student", "teacher", "critic"
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a role adds to its backbone: adapters by name, and whole layers that stand in for the backbone's own."""
-
-    adapters: tuple[str, ...] = ()
-    layers: Mapping[str, nn.Module] = field(default_factory=dict)
-
-
 class Backbone:
     """One transformer with named adapters on it, of which each call uses some."""
 
-    def __init__(self, transformer: HeliosTransformer, rest: Part = Part()):
+    def __init__(self, transformer: HeliosTransformer, rest: Part = NOTHING):
         """`rest`: the part it plays outside of `run`."""
         self.transformer = transformer
         self._adapted = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
         self._own: dict[str, nn.Module] = {}
-        self.part = Part()
+        self.part = NOTHING
         self._play(rest)
 
     @contextmanager
@@ -80,7 +73,7 @@ class Backbone:
         return before
 
 
-def as_student(transformer: HeliosTransformer, lineage: Part = Part()) -> Backbone:
+def as_student(transformer: HeliosTransformer, lineage: Part = NOTHING) -> Backbone:
     """The backbone of a student, which is what it plays outside of `run`: its lineage below its own adapter."""
     return Backbone(transformer, Part((*lineage.adapters, STUDENT), lineage.layers))
 
@@ -91,7 +84,7 @@ class Roles:
 
     student: Backbone
     scores: Backbone
-    lineage: Part = Part()
+    lineage: Part = NOTHING
 
     @property
     def shared(self) -> bool:
@@ -102,7 +95,7 @@ class Roles:
         """The part of a role: the student's lineage below its own adapter, the critic's adapter, or nothing."""
         if role == STUDENT:
             return Part((*self.lineage.adapters, STUDENT), self.lineage.layers)
-        return {CRITIC: Part((CRITIC,)), TEACHER: Part()}[role]
+        return {CRITIC: Part((CRITIC,)), TEACHER: NOTHING}[role]
 
     def backbone(self, role: str) -> Backbone:
         """The backbone that a role runs on."""

@@ -64,7 +64,7 @@ class Teacher:
         pyramid, scheduler = self.rollout.pyramid, self.settings.scheduler()
         kept = replace(self.rollout, sigmas="exact", timesteps="float").schedule(draw.start.shape, all(history.empty))
         frames, rows, columns = draw.start.shape[-3:]
-        factors = pyramid.factors(self.rollout.dynamic, frames, rows, columns, self.rollout.cap)
+        factors = pyramid.factors(self.rollout.dynamic, frames, rows, columns, self.rollout.cap, self.rollout.behind)
         x = noise_pyramid(draw.start, pyramid.count)[0]
         found = []
         for level, (steps, factor) in enumerate(zip(kept, factors, strict=True)):

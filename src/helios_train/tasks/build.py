@@ -33,6 +33,7 @@ from helios_train.history.mix import Mix
 from helios_train.kernels.dispatch import check_kernels
 from helios_train.memory.places import HOST, Places
 from helios_train.models import adapters, checkpoint, manifest
+from helios_train.models.adapters import NOTHING, Part
 from helios_train.models.attention import check_attention
 from helios_train.models.codecs import Codec, dct_codec, wan_codec
 from helios_train.models.ema import Ema
@@ -177,7 +178,7 @@ def _module(config: Config) -> WindowModule:
     assert module.trajectories
     stored = module.trajectories.manifest
     made, wanted = stored.made, json.loads(json.dumps(asdict(config.stage.student)))
-    keys = ("steps", "amplify", "edges", "gamma", "dynamic_shift")
+    keys = ("steps", "amplify", "edges", "gamma", "dynamic_shift", "shift_tokens")
     other = [
         f"{key}={made['student'][key]}, stage.student has {wanted[key]}" for key in keys if made["student"][key] != wanted[key]
     ]
@@ -383,16 +384,24 @@ def rollout(config: Config) -> Rollout:
     assert isinstance(config.stage, OdeStageKeys | DistillStageKeys)
     keys = config.stage.student
     pyramid = Pyramid(len(keys.steps), keys.edges, keys.gamma)
-    return Rollout(pyramid, keys.steps, keys.amplify, keys.dynamic_shift, timesteps=keys.timesteps, sigmas=keys.sigmas)
+    behind = keys.shift_tokens == "before"
+    return Rollout(
+        pyramid, keys.steps, keys.amplify, keys.dynamic_shift, timesteps=keys.timesteps, sigmas=keys.sigmas, behind=behind
+    )
 
 
 def ode_objective(config: Config) -> OdeObjective:
     """Regression on a teacher's trajectories."""
     assert isinstance(config.stage, OdeStageKeys)
-    keys, student = config.stage, config.stage.student
-    few = rollout(config)
+    keys, few = config.stage, rollout(config)
     return OdeObjective(
-        few.pyramid, keys.sections, keys.weight, student.dynamic_shift, timesteps=student.timesteps, sigmas=student.sigmas
+        few.pyramid,
+        keys.sections,
+        keys.weight,
+        few.dynamic,
+        timesteps=few.timesteps,
+        sigmas=few.sigmas,
+        behind=few.behind,
     )
 
 
@@ -451,18 +460,20 @@ def learning_rate(config: Config) -> LearningRate:
 
 def stage(config: Config) -> Stage:
     """The stage of a run, from its first weights on."""
-    transformer = start(config).transformer
-    adapt(config, transformer)
-    computes(config, transformer, trains=True)
-    return stage_of(config, transformer)
+    if isinstance(config.stage, DistillStageKeys):
+        return distill_stage(config)
+    begun = start(config)
+    if isinstance(config.stage, OdeStageKeys):
+        _same_levels(config, begun)
+    adapt(config, begun.transformer)
+    computes(config, begun.transformer, trains=True)
+    return stage_of(config, begun.transformer)
 
 
 def stage_of(config: Config, transformer: HeliosTransformer) -> Stage:
     """The stage over a transformer that is ready to train."""
     if isinstance(config.stage, OdeStageKeys):
         return OdeStage(ode_objective(config), config.seed, transformer, training(config))
-    if isinstance(config.stage, DistillStageKeys):
-        return distill_stage(config, transformer)
     kind = MidStage if isinstance(config.stage, MidStageKeys) else BaseStage
     return kind(base_recipe(config), transformer, training(config))
 
@@ -472,19 +483,69 @@ def training(config: Config) -> Training:
     return Training(partial(optimizer, config), learning_rate(config), config.optimizer.clip)
 
 
-def distill_stage(config: Config, student: HeliosTransformer) -> DistillStage:
-    """The cast around a student that has its adapter: teacher and critic on the teacher's base."""
+def _same_levels(config: Config, begun: Start) -> None:
+    """InputError where a few-step student starts from a model of other levels."""
+    assert isinstance(config.stage, OdeStageKeys | DistillStageKeys)
+    few, known = sampler(config), begun.sampler
+    own = known and (known.levels, known.edges, known.gamma)
+    if own and own != (few.levels, few.edges, few.gamma):
+        raise InputError(
+            f"init={config.init}: has levels, edges, gamma {own}, stage.student has {(few.levels, few.edges, few.gamma)}; make "
+            "stage.student.steps, edges and gamma those of the model"
+        )
+
+
+def distill_stage(config: Config) -> DistillStage:
+    """The cast: teacher and critic on the teacher's base, the student on its own, or (shared) with its lineage on theirs."""
     assert isinstance(config.stage, DistillStageKeys)
     scores = teacher(config)
-    adapters.add_lora(scores, CRITIC, replace(lora(config), history_adapters=False, history_patches=False), config.seed)
-    computes(config, scores.train(), trains=True)
-    roles = Roles(as_student(student), Backbone(scores))
-    if config.memory.checkpointing:
-        for backbone in (roles.student, roles.scores):
+    if config.stage.bases == "shared":
+        student, lineage = scores, shared_lineage(config, scores)
+    else:
+        begun = start(config)
+        _same_levels(config, begun)
+        student, lineage = begun.transformer, NOTHING
+    return distill_of(config, student, scores, lineage)
+
+
+def distill_of(config: Config, student: HeliosTransformer, scores: HeliosTransformer, lineage: Part = NOTHING) -> DistillStage:
+    """The stage over plain transformers, which may be one and the same."""
+    assert isinstance(config.stage, DistillStageKeys)
+    adapters.add_lora(student, STUDENT, lora(config), config.seed)
+    following = replace(lora(config), history_adapters=False, history_patches=False)
+    adapters.add_lora(scores, CRITIC, following, config.seed)
+    own = as_student(student, lineage)
+    roles = Roles(own, own if student is scores else Backbone(scores), lineage)
+    for backbone in (roles.student,) if roles.shared else (roles.student, roles.scores):
+        computes(config, backbone.transformer.train(), trains=True)
+        if config.memory.checkpointing:
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
     how, keys = training(config), config.stage.critic
-    following = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
-    return DistillStage(distill_recipe(config), roles, how, following)
+    critic = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
+    return DistillStage(distill_recipe(config), roles, how, critic)
+
+
+def shared_lineage(config: Config, base: HeliosTransformer) -> Part:
+    """The student's links after the teacher's, frozen on the teacher's base.
+
+    InputError where a lineage is unknown, the student does not come from this teacher, or a link trained every weight.
+    """
+    assert isinstance(config.stage, DistillStageKeys)
+    folders = config.init, config.stage.teacher
+    known = [manifest.read_manifest(Path(folder)) if folder else None for folder in folders]
+    for folder, one in zip(folders, known, strict=True):
+        if one is None:
+            raise InputError(f"{folder}: its lineage is unknown (no {manifest.NAME}); merge its run, or set stage.bases=distinct")
+    student, teacher = known
+    assert student and teacher and config.init
+    later = student.lineage[len(teacher.lineage) :]
+    if student.lineage[: len(teacher.lineage)] != teacher.lineage or any(link.trained != "lora" for link in later):
+        raise InputError(
+            f"init={config.init}: no chain of adapters leads there from {config.stage.teacher}, so they cannot share a base; "
+            "name the teacher it comes from, or set stage.bases=distinct"
+        )
+    links = [name for name in student.adapters if name not in teacher.adapters]
+    return adapters.add_lineage(base, {name: [Path(config.init) / file for file in student.adapters[name]] for name in links})
 
 
 def teacher(config: Config) -> HeliosTransformer:

@@ -1,0 +1,236 @@
+"""From a merged model to a few-step student: pairs, regression, distribution matching, merged and sampled as diffusers does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helios_train import rng
+from helios_train.conf import compose
+from helios_train.data.order import Ref
+from helios_train.data.pairs import PairStore, read_pairs_manifest
+from helios_train.errors import ConfigError, InputError
+from helios_train.history import FRAMES, SECTION, History
+from helios_train.models import checkpoint, manifest
+from helios_train.models.loading import load_transformer
+from helios_train.models.roles import CRITIC, STUDENT, TEACHER
+from helios_train.sampling.pipeline import SamplerSettings
+from helios_train.stages.distill import DistillStage
+from helios_train.tasks import build
+
+from ..conftest import TINY_RUN
+
+Run = Callable[..., None]
+SIZE = ("data.size=[64,64]", "data.global_batch=2", "data.micro_batch=1", "data.toy.sections=2")
+MID = (
+    *SIZE,
+    "stage=mid",
+    "stage.pyramid.ratios=[1,1]",
+    "stage.lora.rank=2",
+    "stage.lora.alpha=2",
+    "stage.lora.history_patches=true",
+)
+FEW = ("stage.student.steps=[2,2]", "stage.lora.rank=2", "stage.lora.alpha=2")
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory, tiny_run: Run) -> Path:
+    """A folder with base/ and mid/, models of one level and of two."""
+    folder = tmp_path_factory.mktemp("merged")
+    before: tuple[str, ...] = ()
+    for name, words in (("base", SIZE), ("mid", MID)):
+        tiny_run(*words, *before, f"run_dir={folder / f'run_{name}'}", "trainer.max_steps=1")
+        tiny_run(*words, "task=merge", f"init={folder / f'run_{name}'}", f"merge.output={folder / name}")
+        before = (f"init={folder / name}",)
+    return folder
+
+
+def pairs_words(merged: Path, output: Path, *more: str) -> tuple[str, ...]:
+    small = ("pairs.count=5", "pairs.sections=2", "pairs.steps=3", "pairs.shard_samples=2", "pairs.batch=2", "pairs.guidance=2")
+    return (*SIZE, *FEW, "stage=ode", "task=pairs", f"init={merged / 'mid'}", f"pairs.output={output}", *small, *more)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, tiny_run: Run, merged: Path) -> Path:
+    output = tmp_path_factory.mktemp("pairs") / "made"
+    tiny_run(*pairs_words(merged, output))
+    return output
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.suffix in (".tar", ".json")
+    }
+
+
+def test_pairs_are_the_same_in_parts_and_after_a_stop(pairs: Path, tmp_path: Path, tiny_run: Run, merged: Path) -> None:
+    parts = tmp_path / "parts"
+    for part in ("2/2", "1/2"):
+        with pytest.raises(InputError, match="run task=pairs"):
+            read_pairs_manifest(parts)
+        tiny_run(*pairs_words(merged, parts, f"pairs.part={part}"))
+    assert contents(parts) == contents(pairs)
+    (parts / "pairs.json").unlink()
+    (parts / "ode" / "000001.idx").unlink()  # a shard that a killed process left without its index
+    tiny_run(*pairs_words(merged, parts))
+    assert contents(parts) == contents(pairs)
+    with pytest.raises(InputError, match="another teacher, dataset or settings"):
+        tiny_run(*pairs_words(merged, parts, "pairs.guidance=3"))
+
+
+def test_what_a_pair_holds(pairs: Path) -> None:
+    store = PairStore(pairs, 16)
+    assert len(store) == 5 and [len(shard) for shard in store.by_shard()] == [2, 2, 1]
+    one, other = (store[Ref(0, 0, 0, number)].trajectory for number in (0, 4))
+    assert [[len(walk.times) for walk in levels] for levels in one.sections] == [
+        [4, 4],
+        [2, 2],
+    ]  # amplified where nothing precedes
+    for levels in one.sections:
+        for walk, side in zip(levels, (4, 8), strict=True):
+            assert walk.latents.shape[1:] == (16, 9, side, side) and walk.latents.isfinite().all()
+            assert (np.diff(walk.times) < 0).all()
+    assert not torch.equal(one.sections[0][0].latents[0], other.sections[0][0].latents[0]), "every pair has noise of its own"
+    histories = list(one.histories())
+    assert histories[0].empty == (True,) and histories[1].counts == (9,)
+    torch.testing.assert_close(histories[1].frames[:, :, -9:], one.final(0))
+
+
+def test_damaged_pairs_are_named(pairs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(pairs, copy)
+    tar = copy / "ode" / "000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[3000] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(InputError, match=r"000000.tar, pair pair-000000000: ode.safetensors is damaged"):
+        PairStore(copy, 16)[Ref(0, 0, 0, 0)]
+    raw = json.loads((copy / "pairs.json").read_text())
+    (copy / "pairs.json").write_text(json.dumps(raw | {"latent": [1, 2, 3, 4]}))
+    with pytest.raises(InputError, match="does not match its sha"):
+        read_pairs_manifest(copy)
+    (copy / "pairs.json").write_text(json.dumps(raw | {"schema": 99}))
+    with pytest.raises(InputError, match="schema 99 is newer"):
+        read_pairs_manifest(copy)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory, tiny_run: Run, merged: Path, pairs: Path) -> Path:
+    """A student by regression, merged."""
+    folder = tmp_path_factory.mktemp("student")
+    words = (*SIZE, *FEW, "stage=ode", f"init={merged / 'mid'}", f"stage.pairs={pairs}")
+    tiny_run(*words, f"run_dir={folder / 'run'}", "trainer.log_every=1", "stage.sections=1")
+    tiny_run(*words, "task=merge", f"init={folder / 'run'}", f"merge.output={folder / 'ode'}")
+    return folder
+
+
+def test_regression_logs_its_levels_and_keeps_what_a_sampler_must_know(student: Path) -> None:
+    with (student / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and all(float(row["loss"]) > 0 and float(row["loss/level_1"]) > 0 for row in rows)
+    known = manifest.read_manifest(student / "ode")
+    assert known is not None and [link.stage for link in known.lineage] == ["base", "mid", "ode"]
+    settings = SamplerSettings.read(known.sampler)
+    assert (settings.few_steps, settings.levels, settings.distilled) == ((2, 2), 2, True)
+    index = json.loads((student / "ode" / "model_index.json").read_text())
+    assert index["_class_name"] == "HeliosPyramidPipeline" and index["is_distilled"] is True
+    assert index["scheduler"] == ["diffusers", "HeliosDMDScheduler"]
+
+
+def distill_words(merged: Path, student: Path, *more: str) -> tuple[str, ...]:
+    cast = (f"init={student / 'ode'}", f"stage.teacher={merged / 'base'}", "stage.every=2")
+    return (*SIZE, "stage=distill", *FEW, *cast, "trainer.log_every=1", *more)
+
+
+def test_distilled_merged_and_sampled(tmp_path: Path, tiny_run: Run, merged: Path, student: Path) -> None:
+    run = tmp_path / "run"
+    words = distill_words(merged, student)
+    tiny_run(
+        *words, f"run_dir={run}", "stage.ema.start=0", "watch.sample=true", "watch.sample_sections=1", "watch.sample_steps=2"
+    )
+    content = checkpoint.read(next((run / "checkpoints").glob("*3.ckpt")))
+    assert {name.split(".lora_")[1].split(".")[1] for name in content["state_dict"]} == {"student", "critic"}
+    assert len(content["optimizer_states"]) == 2 and content["global_step"] == 3
+    (average,) = (state for state in content["callbacks"].values() if "average" in state)
+    assert average["updates"] == 2 and all(".critic." not in name for name in average["average"])  # iterations 0 and 2
+    shown = sorted(path.name.split("_")[1] for path in (run / "videos").glob("*.mp4"))
+    assert shown == ["ema", "student", "teacher"]
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[1]["student/loss"]) == float(rows[0]["student/loss"]) != float(rows[2]["student/loss"])
+    assert len({row["critic/loss/critic"] for row in rows}) == 3
+    merge = ("task=merge", f"init={run}", f"merge.output={tmp_path / 'merged'}", "merge.weights=last")
+    tiny_run(*words, *merge)
+    known = manifest.read_manifest(tmp_path / "merged")
+    assert known is not None and [link.stage for link in known.lineage] == ["base", "mid", "ode", "distill"]
+    assert known.lineage[-1].trained == "lora" and "adapters/distill.safetensors" in known.adapters["distill"]
+    sample = ("task=sample", f"init={tmp_path / 'merged'}", f"sample.output={tmp_path / 'samples'}", "sample.count=1")
+    tiny_run(*SIZE, *sample, "sample.sections=2", "sample.guidance=7")
+    facts = json.loads(next((tmp_path / "samples").glob("*.json")).read_text())
+    assert facts["steps"] == [2, 2] and facts["guidance"] == 1.0  # its own, whatever is asked
+
+
+def test_on_a_shared_base_the_student_is_its_lineage(tmp_path: Path, tiny_run: Run, merged: Path, student: Path) -> None:
+    """Before training it computes what its merged folder does; both kinds of bases train, merge and are sampled."""
+    words = distill_words(merged, student, "stage.bases=shared", "memory.checkpointing=true")
+    config = compose.compose([*TINY_RUN, *words])
+    stage = build.stage(config)
+    assert isinstance(stage, DistillStage) and stage.roles.shared
+    plain = {
+        name: load_transformer(folder, torch.float32).eval()
+        for name, folder in (("ode", student / "ode"), ("base", merged / "base"))
+    }
+    draw = rng.generator(0, "inputs")
+    frames, anchor = rng.normal(draw, (1, 16, FRAMES, 8, 8)), rng.normal(draw, (1, 16, 1, 8, 8))
+    given = (rng.normal(draw, (1, 16, SECTION, 8, 8)), torch.tensor([500.0]), rng.normal(draw, (1, 16, 64)))
+    history = History(frames, anchor, (FRAMES,), (True,))
+    stage.transformer.eval()
+    for role, name in ((STUDENT, "ode"), (CRITIC, "base"), (TEACHER, "base")):
+        torch.testing.assert_close(
+            stage.roles.velocity(role)(*given, history), plain[name].velocity(*given, history), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(plain["ode"].velocity(*given, history), plain["base"].velocity(*given, history))
+    run = tmp_path / "run"
+    tiny_run(*words, f"run_dir={run}")
+    tiny_run(*words, "task=merge", f"init={run}", f"merge.output={tmp_path / 'merged'}")
+    known = manifest.read_manifest(tmp_path / "merged")
+    assert known is not None and [link.stage for link in known.lineage] == ["base", "mid", "ode", "distill"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("stage.teacher=null",), "takes a teacher"),
+        (("stage.student.steps=[2,2,2]",), "levels"),
+        (("stage.rollout.sections=[1,2]",), "stage.rollout.history=own"),
+        (("stage.renoise.low=990",), "from low to high"),
+        (("model.layers=1",), "has num_layers"),
+        (("stage.bases=shared", "stage.teacher={student}/run"), "its lineage is unknown"),
+        (
+            ("stage.bases=shared", "stage.teacher={student}/ode", "init={merged}/base", "stage.student.steps=[2]"),
+            "no chain of adapters",
+        ),
+    ],
+)
+def test_bad_input_of_distillation(
+    words: tuple[str, ...], said: str, tmp_path: Path, tiny_run: Run, merged: Path, student: Path
+) -> None:
+    given = [word.replace("{student}", str(student)).replace("{merged}", str(merged)) for word in words]
+    with pytest.raises((InputError, ConfigError), match=said):
+        tiny_run(*distill_words(merged, student), f"run_dir={tmp_path / 'run'}", *given)
+
+
+def test_regression_without_pairs_or_on_other_pairs(tmp_path: Path, tiny_run: Run, merged: Path, pairs: Path) -> None:
+    words = (*SIZE, "stage=ode", f"init={merged / 'mid'}", f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(InputError, match=r"stage.pairs=null.*task=pairs"):
+        tiny_run(*words, *FEW)
+    with pytest.raises(InputError, match=r"made for a student of steps=\[2, 2\]"):
+        tiny_run(*words, f"stage.pairs={pairs}", "stage.student.steps=[2,3]")
