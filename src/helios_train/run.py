@@ -48,7 +48,7 @@ class RunFolder:
         """
         try:
             if path is None:
-                folder = cls(_make_unique(default))
+                folder = cls(make_unique(default))
             else:
                 folder = cls(path)
                 if folder.config.exists() or folder.newest_checkpoint():
@@ -220,12 +220,8 @@ def iteration_of(checkpoint: Path) -> int:
 
 
 def find_resumable(parent: Path, same: Callable[[dict[str, Any]], bool], max_steps: int) -> Path | None:
-    """The newest run in `parent` that nobody writes to, with a checkpoint before `max_steps`, whose config is the `same`.
-
-    Newest by name: names are dates.
-    """
-    folders = sorted((path for path in parent.iterdir() if path.is_dir()), key=_by_date, reverse=True) if parent.is_dir() else []
-    for folder in map(RunFolder, folders):
+    """The newest run in `parent` that nobody writes to, with a checkpoint before `max_steps`, whose config is the `same`."""
+    for folder in map(RunFolder, newest_first(parent)):
         newest = folder.newest_checkpoint()
         if newest is None or iteration_of(newest) >= max_steps or folder.locked():
             continue
@@ -237,11 +233,22 @@ def find_resumable(parent: Path, same: Callable[[dict[str, Any]], bool], max_ste
     return None
 
 
+def newest_first(parent: Path) -> list[Path]:
+    """The folders in `parent`, newest by name: names are dates."""
+    folders = (path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else ()
+    return sorted(folders, key=_by_date, reverse=True)
+
+
 def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any], allowed: tuple[str, ...]) -> list[str]:
     """Dotted keys that differ or are on one side only, but for the `allowed` keys and what stands below them."""
-    before, now = dict(_leaves(saved)), dict(_leaves(current))
-    changed = [key for key in before | now if (key in before, before.get(key)) != (key in now, now.get(key))]
-    return sorted(key for key in changed if not any(f"{key}.".startswith(f"{prefix}.") for prefix in allowed))
+    before, now = fixed_leaves(saved, allowed), fixed_leaves(current, allowed)
+    return sorted(key for key in before | now if (key in before, before.get(key)) != (key in now, now.get(key)))
+
+
+def fixed_leaves(config: Mapping[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:
+    """The values of a config by dotted key, but for the `allowed` keys and what stands below them."""
+    leaves = _leaves(config)
+    return {key: value for key, value in leaves if not any(f"{key}.".startswith(f"{prefix}.") for prefix in allowed)}
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -252,7 +259,7 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", list(value) if isinstance(value, tuple) else value
 
 
-def _make_unique(folder: Path) -> Path:
+def make_unique(folder: Path) -> Path:
     """Create `folder`, or the first free of folder_2, folder_3 ...; safe against another process doing the same."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     candidate, number = folder, 1

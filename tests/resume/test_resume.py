@@ -154,7 +154,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.fixture(scope="module")
 def unkilled(runs: Runs) -> Callable[[str, int], Path]:
     """Runs that nobody disturbed, each made once."""
-    return functools.cache(lambda stage, ranks: runs.run(f"whole_{stage}{ranks}", ranks, 0, f"stage={stage}"))
+
+    @functools.cache
+    def made(stage: str, ranks: int) -> Path:
+        if stage == "mid":
+            made("base", 1)
+        return runs.run(f"whole_{stage}{ranks}", ranks, 0, *of(stage, runs))
+
+    return made
+
+
+def of(stage: str, runs: Runs) -> list[str]:
+    """The words of a stage; mid trains every weight of the base run, so that as much can go wrong as in base."""
+    return [f"stage={stage}", *([f"init={runs.folder}/whole_base1", "stage.trainable=full"] if stage == "mid" else [])]
 
 
 @pytest.mark.parametrize(
@@ -167,10 +179,10 @@ def test_killed_and_resumed_is_bit_equal(
     whole = unkilled(stage, ranks)
     after = random.SystemRandom().randint(EVERY + 1, STEPS - 7)  # early enough not to finish meanwhile
     name = f"killed_{stage}{ranks}{workers}"
-    assert runs.stop(name, ranks, workers, signal.SIGKILL, after, f"stage={stage}") == -signal.SIGKILL
+    assert runs.stop(name, ranks, workers, signal.SIGKILL, after, *of(stage, runs)) == -signal.SIGKILL
     newest = max(int(path.stem) for path in (runs.folder / name / "checkpoints").glob("*.ckpt"))
     assert newest < STEPS, f"killed after iteration {after}, yet it finished"
-    assert_same_run(whole, runs.run(name, ranks, workers, f"stage={stage}", "resume=auto"))
+    assert_same_run(whole, runs.run(name, ranks, workers, *of(stage, runs), "resume=auto"))
 
 
 def test_two_ranks_go_on_as_one(runs: Runs) -> None:

@@ -38,6 +38,20 @@ TINY = (
 )
 LINKS = 'chain.links=["stage=base trainer.max_steps=3","stage=mid trainer.max_steps=4"]'
 
+BAD = {  # what is said of it before anything trains
+    'chain.links=["stage=base init=x"]': "chain.links: 'stage=base init=x .* sets init; take that out",
+    'chain.links=["stage=base run_dir=x resume=auto"]': "sets run_dir, resume; take that out",
+    'chain.links=["task=merge"]': "sets task; take that out",
+    'chain.links=["experiment=toy_chain"]': "sets task; take that out",
+    'chain.links=["trainer.devices=2 data.micro_batch=1"]': "sets trainer.devices; take that out",
+    'chain.links=["stage=mid"]': "stage=mid cannot come first; put stage=base before it",
+    "chain.links=['experiment.about=\\'a']": r"chain.links: .* cannot be read \(No closing quotation\)",
+    "chain.sample='sample.prompt=\\'a'": r"chain.sample: .* cannot be read \(No closing quotation\)",
+    "chain.sample='sample.cout=1'": "sample.cout: no such key; nearest: sample.count",
+    "chain.sample='sample.output=x'": "chain.sample: .* sets sample.output; take that out",
+    "chain.sample='sample.steps=[1,1]'": r"chain.sample: sample.steps=\[1, 1\]: the model has 3 levels",
+}
+
 
 def words(folder: Path, shards: Path, *more: str) -> list[str]:
     return ["task=chain", LINKS, *TINY, f"data.root={shards}", f"run_dir={folder}", *more]
@@ -77,7 +91,7 @@ def test_links_hand_over(whole: Path) -> None:
     assert saved.init == str(whole / "1_base_merged") and saved.model.layers == 1
     assert len(list((whole / "samples").glob("*.mp4"))) == 1
     parts = {"1_base", "1_base_merged", "2_mid", "2_mid_merged", "samples"}
-    assert {path.name for path in whole.iterdir()} == parts | {"chain.json"}
+    assert {path.name for path in whole.iterdir()} == parts | {"chain.json", "lock"}
 
 
 @pytest.mark.parametrize("lost", ["samples", "2_mid_merged", "2_mid", "1_base_merged"])
@@ -116,10 +130,121 @@ def test_killed_and_started_again_is_the_same(whole: Path, shards: Path, tmp_pat
 def test_another_chain_is_refused(whole: Path, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="already holds a chain: go on with resume=auto"):
         run(words(whole, shards))
-    with pytest.raises(InputError, match=r"holds another chain, its words are in chain.json"):
+    with pytest.raises(InputError, match=r"whole: cannot resume with another seed in link 1, seed in link 2; .*in chain.json"):
         run(words(whole, shards, "resume=auto", "seed=1"))
     with pytest.raises(InputError, match="holds no chain"):
         run([*words(tmp_path, shards), f"resume={tmp_path}"])
+
+
+@pytest.fixture
+def only_planned(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Chains are read, compared and locked, and do nothing; the folders they chose."""
+    folders: list[Path] = []
+    monkeypatch.setattr(chain, "_run", lambda plan, folder, record: folders.append(folder))
+    return folders
+
+
+def test_what_may_change_may_change_in_a_chain(whole: Path, shards: Path, only_planned: list[Path]) -> None:
+    """As in a run; iterations may not, nor the number of links. The order of the words says nothing."""
+    given = words(whole, shards, "resume=auto")
+    run([*reversed(given), "data.workers=1", "trainer.progress=true"])
+    assert only_planned == [whole]
+    for links, said in (
+        (LINKS.replace("max_steps=3", "max_steps=5"), r"another trainer\.max_steps in link 1;"),
+        ('chain.links=["stage=base trainer.max_steps=3"]', r"another number of links \(2\)"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run([*given, links])
+    with pytest.raises(InputError, match="another init;"):
+        run([*given, f"init={whole}"])
+    assert len(only_planned) == 1
+
+
+def test_a_chain_has_one_process(whole: Path, shards: Path, only_planned: list[Path]) -> None:
+    other = RunFolder(whole)
+    other.lock()
+    try:
+        with pytest.raises(InputError, match=f"process {os.getpid()} is writing"):
+            run(words(whole, shards, "resume=auto"))
+    finally:
+        other.unlock()
+    assert not only_planned
+
+
+def test_auto_takes_the_newest_unfinished(
+    whole: Path,
+    shards: Path,
+    only_planned: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [word for word in words(whole, shards, "resume=auto") if not word.startswith("run_dir=")]
+    parent = tmp_path / "runs/chain/default"
+    for number in range(1, 6):
+        shutil.copytree(whole, parent / f"2026-01-01_00-00-0{number}")
+    unfinished, lost, locked, damaged, finished = sorted(parent.iterdir())
+    shutil.rmtree(unfinished / "samples")
+    shutil.rmtree(lost / "2_mid_merged")
+    shutil.rmtree(locked / "samples")
+    (damaged / "chain.json").write_text('{"init": null')
+    other = RunFolder(locked)
+    other.lock()
+    run(given)
+    shutil.rmtree(lost)
+    run(given)
+    shutil.rmtree(unfinished)
+    assert only_planned == [lost, unfinished] and "starting a new one" not in capsys.readouterr().out
+    run(given)
+    other.unlock()
+    assert only_planned[-1] not in (locked, damaged, finished) and only_planned[-1].parent == parent
+    assert "resume=auto: no unfinished chain like this one in runs/chain/default; starting a new one" in capsys.readouterr().out
+
+
+def test_a_chain_folder_is_the_same_by_any_path(
+    whole: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun by an absolute path; gone on with by a link and a relative one, while a link is trained."""
+    folder = tmp_path / "whole"
+    given = words(folder, shards)
+    run(given)
+    shutil.rmtree(folder / "2_mid_merged")
+    (folder / "2_mid/checkpoints/00000004.ckpt").unlink()
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    run([*given, "run_dir=link", "resume=auto"])
+    assert made(folder) == made(whole)
+
+
+def test_other_samples_are_made_beside_the_first(
+    whole: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(whole, folder)
+    (folder / "samples_2").mkdir()
+    (folder / "samples_2/999_unfinished.mp4").write_text("")
+    more = "chain.sample='sample.count=2 sample.sections=1 sample.steps=[1,2,1] sample.guidance=1'"
+    run(words(folder, shards, "resume=auto", more))
+    counts = {name: len(list((folder / name).glob("*.mp4"))) for name in ("samples", "samples_2")}
+    assert counts == {"samples": 1, "samples_2": 2}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.mp4")}
+    for wanted in ([more], []):
+        capsys.readouterr()
+        run(words(folder, shards, "resume=auto", *wanted))
+        assert "nothing is left to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.mp4")} == before
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint"])
+def test_a_chain_begins_with_a_run_or_a_checkpoint(whole: Path, shards: Path, tmp_path: Path, kind: str) -> None:
+    init = {"run": whole / "1_base", "checkpoint": whole / "1_base/checkpoints/00000003.ckpt"}[kind]
+    given = words(tmp_path / "chain", shards, f"init={init}")
+    given[1] = 'chain.links=["stage=mid trainer.max_steps=4"]'
+    run(given)
+    known, same = (read_manifest(place) for place in (tmp_path / "chain/1_mid_merged", whole / "2_mid_merged"))
+    assert known == same
+    run([*given, "resume=auto"])
 
 
 def test_a_foreign_link_is_refused(whole: Path, shards: Path, tmp_path: Path) -> None:
@@ -139,6 +264,10 @@ def test_a_word_that_no_link_takes_stops_before_anything_trains(shards: Path, tm
     with pytest.raises(ConfigError, match="stage.flow"):
         run(given)
     assert not list(tmp_path.rglob("*.ckpt"))
+    for bad, said in BAD.items():
+        with pytest.raises(ConfigError, match=said):
+            run([*words(tmp_path / "chain", shards), bad])
+    assert not (tmp_path / "chain").exists()
     with pytest.raises(ConfigError, match="name at least one link"):
         run(["task=chain", "chain.links=[]"])
     with pytest.raises(ConfigError, match="a chain takes one device"):

@@ -218,13 +218,14 @@ def _fits(config: Config, stored: Encoders) -> None:
 
 def _learned_from(init: Path) -> Encoders | None:
     """What the weights of a merged folder, run or checkpoint learned from; None for somebody else's folder, or none."""
-    if _is_run(init):
+    if is_run(init):
         return _content(init)[2]["WindowModule"]["encoders"]  # type: ignore[no-any-return]
     known = manifest.read_manifest(init)
     return {"codec": known.codec, "text": known.text} if known else None
 
 
-def _is_run(path: Path) -> bool:
+def is_run(path: Path) -> bool:
+    """Whether a path that gives weights is a run folder or a checkpoint of one."""
     return path.suffix == ".ckpt" or (path / "config.yaml").is_file()
 
 
@@ -260,7 +261,7 @@ def start(config: Config, weights: str = "auto") -> Start:
     if config.init is None:
         return Start(random_transformer(shape(config), dtype, config.seed))
     path = Path(config.init)
-    if _is_run(path):
+    if is_run(path):
         run = trained(path, weights)
         settings = sampler(run.config)
         return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=settings, encoders=run.encoders)

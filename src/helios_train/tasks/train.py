@@ -26,23 +26,18 @@ from helios_train.data.module import WindowModule
 from helios_train.errors import InputError
 from helios_train.models.checkpoint import AtomicCheckpointIO
 from helios_train.models.ema import Ema
-from helios_train.run import RunFolder, compare_configs, default_folder, find_resumable, iteration_of, write
+from helios_train.run import RunFolder, default_folder, find_resumable, iteration_of, write
 from helios_train.stages.replicas import ReplicaStrategy
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, prepare, run_card, watching
+from helios_train.tasks import build, handoff, prepare, run_card, sameness, watching
 
-# What a resumed run may change; anything else is refused by name.
-LOOP = tuple(f"trainer.{name}" for name in ("devices", "accelerator", "max_steps", "progress"))
-CHANGEABLE = (*LOOP, "data.workers", "logger", "run_dir", "resume")
-# Made from keys that may change, and fixed by the first start all the same: schedules go on as they began.
-FIXED_BY_FIRST_START = ("optimizer.total",)
-SHOWN = 5  # keys a message spells out
 PATIENCE = timedelta(hours=6)  # for which devices wait for the first one to sample a video
 RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
-    """Trains `stage=`."""
+    """Trains `stage=`, from `init`, random numbers, or an earlier stage that is made first."""
+    config, raw = handoff.provided(config, raw, run)
     folder, checkpoint, config = _folder(config, raw)
     try:
         _train(config, raw, folder, checkpoint)
@@ -106,23 +101,13 @@ def _to_resume(config: Config, raw: dict[str, Any]) -> RunFolder | None:
         folder = RunFolder.open(Path(config.run_dir))
     else:
         parent = default_folder(config.stage.name, config.experiment.name, datetime.now()).parent
-        found = find_resumable(parent, lambda saved: not _changed(saved, raw), config.trainer.max_steps)
+        found = find_resumable(parent, lambda saved: not sameness.changed(saved, raw), config.trainer.max_steps)
         if found is None:
             print(f"resume=auto: no unfinished run like this one in {parent}; starting a new one", flush=True)
             return None
         folder = RunFolder.open(found)
-    changed = _changed(folder.load_config(), raw)
-    if changed:
-        more = f" and {len(changed) - SHOWN} more keys" if len(changed) > SHOWN else ""
-        raise InputError(
-            f"{folder.path}: cannot resume with another {', '.join(changed[:SHOWN])}{more}; start a new run, or put the old "
-            f"values back (they are in {folder.config.name}, unless that is damaged)"
-        )
+    sameness.refuse(sameness.changed(folder.load_config(), raw), folder.path, folder.config.name)
     return folder
-
-
-def _changed(saved: dict[str, Any], raw: dict[str, Any]) -> list[str]:
-    return compare_configs(saved, raw, (*CHANGEABLE, *FIXED_BY_FIRST_START))
 
 
 def _kept(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:

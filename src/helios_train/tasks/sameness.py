@@ -1,0 +1,46 @@
+"""What of its config may change when a run goes on, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from helios_train.errors import InputError
+from helios_train.run import compare_configs
+
+# What a resumed run may change; anything else is refused by name.
+LOOP = tuple(f"trainer.{name}" for name in ("devices", "accelerator", "max_steps", "progress"))
+CHANGEABLE = (*LOOP, "data.workers", "logger", "run_dir", "resume")
+# Made from keys that may change, and fixed by the first start all the same: schedules go on as they began.
+FIXED_BY_FIRST_START = ("optimizer.total",)
+SHOWN = 5  # keys a message spells out
+
+
+def changed(saved: Mapping[str, Any], raw: Mapping[str, Any], fixed: Sequence[str] = ()) -> list[str]:
+    """Dotted keys in which a composed config differs from a saved one and may not, nor may the `fixed` ones.
+
+    `init` is the same by whatever path.
+    """
+    allowed = tuple(key for key in (*CHANGEABLE, *FIXED_BY_FIRST_START) if key not in fixed)
+    return compare_configs(_placed(saved), _placed(raw), allowed)
+
+
+def refuse(keys: Sequence[str], where: Path, record: str) -> None:
+    """InputError that names the `keys` which differ from those `where` was begun with, if there are any; `record` holds these."""
+    if keys:
+        more = f" and {len(keys) - SHOWN} more keys" if len(keys) > SHOWN else ""
+        raise InputError(
+            f"{where}: cannot resume with another {', '.join(keys[:SHOWN])}{more}; start a new run, or put the old "
+            f"values back (they are in {record}, unless that is damaged)"
+        )
+
+
+def place(init: str | None) -> str | None:
+    """The one path of a folder or checkpoint that may be written relative, absolute or through a link."""
+    return str(Path(init).resolve()) if init else None
+
+
+def _placed(config: Mapping[str, Any]) -> dict[str, Any]:
+    init = config.get("init")
+    return {**config, "init": place(init)} if isinstance(init, str) else dict(config)
