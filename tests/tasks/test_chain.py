@@ -272,3 +272,35 @@ def test_a_word_that_no_link_takes_stops_before_anything_trains(shards: Path, tm
         run(["task=chain", "chain.links=[]"])
     with pytest.raises(ConfigError, match="a chain takes one device"):
         run(["task=chain", "trainer.devices=2", "data.micro_batch=4"])
+
+
+def test_a_chain_to_a_few_step_student(tmp_path: Path, shards: Path) -> None:
+    """Pairs are made where an ode link needs them, the newest base link is the teacher; going on does nothing again."""
+    few = "stage.student.steps=[2,2] stage.lora.rank=2 trainer.max_steps=2 stage.every=2"
+    links = [
+        "stage=base trainer.max_steps=1",
+        "stage=mid stage.pyramid.ratios=[1,1] trainer.max_steps=1",
+        few.replace(" stage.every=2", " stage=ode stage.sections=1"),
+        f"stage=distill {few}",
+    ]
+    given = [
+        "task=chain",
+        f"chain.links={json.dumps(links)}",
+        *TINY[:-1],
+        "chain.pairs='pairs.count=2 pairs.sections=1 pairs.steps=2 pairs.batch=2'",
+        "chain.sample='sample.count=1 sample.sections=1'",
+        f"data.root={shards}",
+        f"run_dir={tmp_path / 'chain'}",
+    ]
+    run(given)
+    folder = tmp_path / "chain"
+    known = read_manifest(folder / "4_distill_merged")
+    assert known is not None and [link.stage for link in known.lineage] == ["base", "mid", "ode", "distill"]
+    assert known.sampler["few_steps"] == [2, 2]
+    taught = RunFolder(folder / "4_distill").load_config()["stage"]["teacher"]
+    assert taught == str(folder / "1_base_merged") and (folder / "3_ode_pairs" / "pairs.json").is_file()
+    facts = json.loads(next((folder / "samples").glob("*.json")).read_text())
+    assert facts["steps"] == [2, 2] and facts["guidance"] == 1.0
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+    run([*given, "resume=auto"])
+    assert {path: path.stat().st_mtime_ns for path in before} == before

@@ -61,6 +61,7 @@ class Chain:
     """Keys of task=chain."""
 
     links: tuple[str, ...]
+    pairs: str
     sample: str
 
 

@@ -564,7 +564,7 @@ def teacher_sampler(config: Config) -> SamplerSettings:
     """How the teacher is sampled; a folder that does not say is a Base model's."""
     assert isinstance(config.stage, DistillStageKeys) and config.stage.teacher is not None
     folder = Path(config.stage.teacher)
-    if _is_run(folder):
+    if is_run(folder):
         return sampler(_content(folder)[1])
     known = manifest.read_manifest(folder)
     return SamplerSettings.read(known.sampler) if known else SamplerSettings()

@@ -21,10 +21,11 @@ from hydra.core.hydra_config import HydraConfig
 
 from helios_train.conf import compose, rules
 from helios_train.conf.schema import Config
+from helios_train.data.pairs import MANIFEST as PAIRS
 from helios_train.errors import ConfigError, InputError
 from helios_train.models import manifest
 from helios_train.run import RunFolder, default_folder, make_unique, newest_first, write, writing
-from helios_train.tasks import build, handoff, merge, sameness, sample, train
+from helios_train.tasks import build, handoff, merge, pairs, sameness, sample, train
 
 NAME = "chain.json"
 OWN = ("task", "experiment", "run_dir", "resume", "init", "chain.", "hydra")  # words that are the chain's, not a link's
@@ -41,12 +42,16 @@ class Link:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command asks for: weights to begin with (an absolute path), links, and how to sample: its words, its config."""
+    """What a command asks for: weights to begin with (an absolute path), links, and how to sample: its words, its config.
+
+    pairs: by the name of an ode link, the config of the task that makes its trajectories.
+    """
 
     init: str | None
     links: tuple[Link, ...]
     words: str
     sampling: dict[str, Any]
+    pairs: dict[str, dict[str, Any]]
 
     def record(self) -> dict[str, Any]:
         """What chain.json says of it at first. `samples`: the words of the samplings that were finished."""
@@ -91,7 +96,8 @@ def _run(plan: Plan, folder: Path, record: dict[str, Any]) -> None:
         print(f"link {number} of {len(plan.links)}: {' '.join(link.words)}", flush=True)
         merged = _merged(folder, link)
         places = {"run_dir": str(folder / link.name), "resume": "auto", "init": str(before) if before else None}
-        handoff.make({**link.config, **places}, merged, train.run)
+        if not merged.is_dir():
+            handoff.make({**link.config, **places, "stage": _stage(plan, link, folder, before)}, merged, train.run)
         _check(link, merged, before)
         before = merged
     output = _samples(folder, record, plan.words)
@@ -103,6 +109,22 @@ def _run(plan: Plan, folder: Path, record: dict[str, Any]) -> None:
     sample.run(compose.typed(final), final)
     if plan.words not in record["samples"]:
         _write(folder, {**record, "samples": [*record["samples"], plan.words]})
+
+
+def _stage(plan: Plan, link: Link, folder: Path, before: Path | None) -> dict[str, Any]:
+    """The keys of a link's stage, with what only the chain knows: an ode link's trajectories, made here, a student's teacher."""
+    keys = link.config["stage"]
+    if keys["name"] == "ode" and keys["pairs"] is None:
+        made = folder / f"{link.name}_pairs"
+        if not (made / PAIRS).is_file():
+            raw = plan.pairs[link.name]
+            raw = {**raw, "init": str(before) if before else None, "pairs": {**raw["pairs"], "output": str(made)}}
+            pairs.run(compose.typed(raw), raw)
+        return {**keys, "pairs": str(made)}
+    if keys["name"] == "distill" and keys["teacher"] is None:
+        bases = [one for one in plan.links if one.config["stage"]["name"] == "base"]
+        return {**keys, "teacher": str(_merged(folder, bases[-1])) if bases else None}
+    return keys  # type: ignore[no-any-return]
 
 
 def _plan(config: Config, words: Sequence[str]) -> Plan:
@@ -125,7 +147,10 @@ def _plan(config: Config, words: Sequence[str]) -> Plan:
     assert typed.sample is not None
     for broken in rules.steps_fit("chain.sample: sample.steps", typed.sample.steps, typed.stage):
         raise ConfigError(broken)
-    return Plan(sameness.place(config.init), tuple(links), config.chain.sample, final)
+    how = ("task=pairs", *_split("chain.pairs", config.chain.pairs))
+    odes = [link for link in links if link.config["stage"]["name"] == "ode"]
+    trajectories = {link.name: _composed("chain.pairs", "pairs", (*link.words, *how)) for link in odes}
+    return Plan(sameness.place(config.init), tuple(links), config.chain.sample, final, trajectories)
 
 
 def _split(key: str, written: str) -> list[str]:
@@ -141,7 +166,7 @@ def _composed(key: str, task: str, words: Sequence[str]) -> dict[str, Any]:
     own = [name for name in ("init", "run_dir", "resume") if raw[name] is not None]
     own += ["task"] if raw["task"]["name"] != task else []
     own += ["trainer.devices"] if raw["trainer"]["devices"] != 1 else []
-    own += ["sample.output"] if any(word.startswith("sample.output=") for word in words) else []
+    own += [word.partition("=")[0] for word in words if word.startswith(("sample.output=", "pairs.output="))]
     if own:
         raise ConfigError(
             f"{key}: {' '.join(words)!r} sets {', '.join(own)}; take that out: a chain gives its links their task, folders and "

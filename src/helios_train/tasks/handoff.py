@@ -16,7 +16,7 @@ from helios_train.tasks import merge, sameness
 
 Train = Callable[[Config, dict[str, Any]], None]
 
-FOLLOWS = {"mid": "base"}  # stage -> the one whose merged folder it starts from
+FOLLOWS = {"mid": "base", "ode": "mid", "distill": "ode"}  # stage -> the one whose merged folder it starts from
 TOY = {"base": ["experiment=toy_base"]}  # stage -> its toy default
 ALIKE = ("model", "codec", "text", "data", "memory", "seed")  # what a missing link takes from the run it is made for
 MADE = Path("runs/earlier")  # where missing links are made
@@ -30,12 +30,12 @@ def missing(config: Config) -> str | None:
 def provided(config: Config, raw: dict[str, Any], train: Train) -> tuple[Config, dict[str, Any]]:
     """The config with an `init`, where its stage needs one: a tiny model's missing link is made first, once for all runs alike.
 
-    InputError for other models: their links take days, and are somebody's decision.
+    InputError for other models (their links take days, and are somebody's decision), and for stages with several links to make.
     """
     stage = missing(config)
     if stage is None:
         return config, raw
-    if config.model.name != "tiny":
+    if config.model.name != "tiny" or stage not in TOY:
         command = "python -m helios_train"
         raise InputError(
             f"stage={config.stage.name} starts from a {stage} model, and init=null names none; make one with "
