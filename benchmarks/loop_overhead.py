@@ -24,7 +24,7 @@ from torch import nn
 from helios_train.callbacks.metrics_csv import MetricsCsv
 from helios_train.conf.compose import compose
 from helios_train.run import RunFolder
-from helios_train.tasks import build, prepare, train
+from helios_train.tasks import build, prepare, recipes, train
 
 BLOCK = 6  # iterations a turn; the first of each is not counted
 RESULT = Path(__file__).parent / "results" / "loop_overhead.json"
@@ -63,7 +63,7 @@ def bare(overrides: list[str]) -> list[float]:
     """One turn of the bare loop over the same data, draws, network, objective, optimizer and moving average."""
     config = compose(overrides)
     data, stage = build.data(config), build.stage(config)
-    optimizer, ema = build.optimizer(config, stage.masters), build.ema(config, stage)
+    optimizer, ema = recipes.optimizer(config, stage.masters), build.ema(config, stage)
     assert ema is not None
     ends = []
     for _, windows in zip(range(BLOCK), data.train_dataloader(), strict=False):

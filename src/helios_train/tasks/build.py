@@ -1,35 +1,24 @@
-"""The only reader of the config: turns its groups into built objects."""
+"""Reads the config, with `recipes` beside it, and nobody else does: turns its groups into built objects."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from torch import nn
-from torch.optim import AdamW, Optimizer
 
 from helios_train.conf.compose import typed
-from helios_train.conf.schema import BaseStage as BaseStageKeys
 from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
 from helios_train.conf.schema import DistillStage as DistillStageKeys
-from helios_train.conf.schema import HistoryStage as HistoryStageKeys
 from helios_train.conf.schema import MidStage as MidStageKeys
 from helios_train.conf.schema import OdeStage as OdeStageKeys
 from helios_train.data.module import LoadSettings, WindowModule
 from helios_train.data.toy import ToySpec
-from helios_train.diffusion.pyramid import Pyramid
-from helios_train.diffusion.rollout import Rollout
-from helios_train.diffusion.schedule import NoiseLevels
 from helios_train.errors import InputError
-from helios_train.history.corrupt import Corrupt
-from helios_train.history.mix import Mix
 from helios_train.kernels.dispatch import check_kernels
 from helios_train.memory.places import HOST, Places
 from helios_train.models import adapters, checkpoint, manifest
@@ -43,20 +32,14 @@ from helios_train.models.roles import CRITIC, STUDENT, Backbone, Roles, as_stude
 from helios_train.models.text import HashText, TextEncoder
 from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer
-from helios_train.objectives.dmd import CriticObjective, Decoupled, StudentObjective
-from helios_train.objectives.flow import FlowObjective, Objective
-from helios_train.objectives.ode import OdeObjective
-from helios_train.objectives.pyramid_flow import PyramidFlowObjective
-from helios_train.objectives.regularise import MeanVariance
-from helios_train.objectives.renoise import Renoise
 from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings
-from helios_train.stages.base import BaseRecipe, BaseStage
-from helios_train.stages.distill import DistillRecipe, DistillStage, SectionCount
+from helios_train.stages.base import BaseStage
+from helios_train.stages.distill import DistillStage
 from helios_train.stages.mid import MidStage
 from helios_train.stages.ode import OdeStage
 from helios_train.stages.stage import Stage
-from helios_train.stages.trainee import LearningRate, Training
+from helios_train.tasks import recipes
 
 Encoders = Mapping[str, Mapping[str, Any]]  # "codec" and "text": name, and fingerprint, rows and dim where they are known
 
@@ -263,7 +246,7 @@ def start(config: Config, weights: str = "auto") -> Start:
     path = Path(config.init)
     if is_run(path):
         run = trained(path, weights)
-        settings = sampler(run.config)
+        settings = recipes.sampler(run.config)
         return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=settings, encoders=run.encoders)
     if not path.is_dir():
         raise InputError(
@@ -332,133 +315,6 @@ def lora(config: Config) -> adapters.Lora:
     return adapters.Lora(**asdict(config.stage.lora))
 
 
-def learns_velocities(config: Config) -> bool:
-    """Whether the stage learns velocities at all noise levels, as Base and Mid do."""
-    return isinstance(config.stage, BaseStageKeys | MidStageKeys)
-
-
-def objective(config: Config) -> Objective:
-    """What a stage that learns velocities trains."""
-    assert isinstance(config.stage, BaseStageKeys | MidStageKeys)
-    if isinstance(config.stage, MidStageKeys):
-        keys = config.stage.pyramid
-        return PyramidFlowObjective(
-            Pyramid(len(keys.ratios), keys.edges, keys.gamma, keys.shift),
-            ratios=keys.ratios,
-            dynamic=keys.dynamic_shift,
-            cap=keys.shift_cap,
-            timesteps=keys.timesteps,
-            sigmas=keys.sigmas,
-            stratified=keys.stratified,
-        )
-    flow = config.stage.flow
-    levels = NoiseLevels(
-        density=flow.density,
-        mean=flow.logit_mean,
-        std=flow.logit_std,
-        mode_scale=flow.mode_scale,
-        stratified=flow.stratified,
-        fixed=flow.shift,
-        dynamic=flow.dynamic_shift,
-        cap=flow.shift_cap,
-        weighting=flow.weighting,
-    )
-    return FlowObjective(levels)
-
-
-def base_recipe(config: Config) -> BaseRecipe:
-    """Objective, history mix and corruption of a stage that trains on one section given its history."""
-    return BaseRecipe(objective(config), *mix_and_corrupt(config), config.seed, config.data.global_batch)
-
-
-def mix_and_corrupt(config: Config) -> tuple[Mix, Corrupt]:
-    """What is done to the history."""
-    assert isinstance(config.stage, HistoryStageKeys)
-    mix, corrupt = asdict(config.stage.mix), asdict(config.stage.corrupt)
-    group = {"sample": 1, "micro_batch": config.data.micro_batch}
-    mix_group, corrupt_group = group[mix.pop("draw")], group[corrupt.pop("draw")]
-    return Mix(**mix, group=mix_group), Corrupt(**corrupt, group=corrupt_group)
-
-
-def rollout(config: Config) -> Rollout:
-    """The few steps of a student."""
-    assert isinstance(config.stage, OdeStageKeys | DistillStageKeys)
-    keys = config.stage.student
-    pyramid = Pyramid(len(keys.steps), keys.edges, keys.gamma)
-    behind = keys.shift_tokens == "before"
-    return Rollout(
-        pyramid, keys.steps, keys.amplify, keys.dynamic_shift, timesteps=keys.timesteps, sigmas=keys.sigmas, behind=behind
-    )
-
-
-def ode_objective(config: Config) -> OdeObjective:
-    """Regression on a teacher's trajectories."""
-    assert isinstance(config.stage, OdeStageKeys)
-    keys, few = config.stage, rollout(config)
-    return OdeObjective(
-        few.pyramid,
-        keys.sections,
-        keys.weight,
-        few.dynamic,
-        timesteps=few.timesteps,
-        sigmas=few.sigmas,
-        behind=few.behind,
-    )
-
-
-def distill_recipe(config: Config, negative: torch.Tensor | None = None) -> DistillRecipe:
-    """Objectives of student and critic, and what is done to the history. `negative`: see DistillRecipe."""
-    assert isinstance(config.stage, DistillStageKeys)
-    keys, few, looks = config.stage, rollout(config), config.stage.renoise
-    looking = Renoise(anneal=looks.anneal, dynamic=looks.dynamic_shift, low=looks.low, high=looks.high, sigmas=looks.sigmas)
-    student = StudentObjective(
-        few,
-        replace(looking, density=looks.student),
-        keys.guidance,
-        keys.align,
-        MeanVariance(keys.mean_variance) if keys.mean_variance else None,
-        Decoupled(keys.decouple.start, keys.decouple.end) if keys.decouple.enabled else None,
-    )
-    critic = CriticObjective(few, replace(looking, density=looks.critic))
-    sections = SectionCount(*keys.rollout.sections, keys.rollout.anneal, keys.rollout.cold_start)
-    given = keys.rollout.history == "given"
-    return DistillRecipe(student, critic, *mix_and_corrupt(config), config.seed, keys.every, sections, given, negative)
-
-
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key; a dict for a group of keys."""
-    value: Any = asdict(config)
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def published_value(config: Config, key: str) -> Any:
-    """What the recipe's own file gives a dotted key."""
-    file = resources.files("helios_train.conf") / "recipe" / f"{config.stage.name}_{config.recipe.name}.yaml"
-    value: Any = yaml.safe_load(file.read_text())
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> Optimizer:
-    """AdamW in fp32, or with 8-bit moments."""
-    o = config.optimizer
-    common = {"lr": o.lr, "betas": o.betas, "eps": o.eps, "weight_decay": o.weight_decay}
-    if o.name == "adamw":
-        return AdamW(list(parameters), fused=True, **common)  # type: ignore[arg-type]
-    from bitsandbytes.optim import AdamW8bit  # here: it probes for CUDA when imported
-
-    return AdamW8bit(list(parameters), **common)  # type: ignore[arg-type]
-
-
-def learning_rate(config: Config) -> LearningRate:
-    """The schedule."""
-    o = config.optimizer
-    return LearningRate(o.lr, o.schedule, o.warmup, o.decay, o.total)
-
-
 def stage(config: Config) -> Stage:
     """The stage of a run, from its first weights on."""
     if isinstance(config.stage, DistillStageKeys):
@@ -474,20 +330,15 @@ def stage(config: Config) -> Stage:
 def stage_of(config: Config, transformer: HeliosTransformer) -> Stage:
     """The stage over a transformer that is ready to train."""
     if isinstance(config.stage, OdeStageKeys):
-        return OdeStage(ode_objective(config), config.seed, transformer, training(config))
+        return OdeStage(recipes.ode_objective(config), config.seed, transformer, recipes.training(config))
     kind = MidStage if isinstance(config.stage, MidStageKeys) else BaseStage
-    return kind(base_recipe(config), transformer, training(config))
-
-
-def training(config: Config) -> Training:
-    """How what is trained first (in distill the student) is stepped."""
-    return Training(partial(optimizer, config), learning_rate(config), config.optimizer.clip)
+    return kind(recipes.base_recipe(config), transformer, recipes.training(config))
 
 
 def _same_levels(config: Config, begun: Start) -> None:
     """InputError where a few-step student starts from a model of other levels."""
     assert isinstance(config.stage, OdeStageKeys | DistillStageKeys)
-    few, known = sampler(config), begun.sampler
+    few, known = recipes.sampler(config), begun.sampler
     own = known and (known.levels, known.edges, known.gamma)
     if own and own != (few.levels, few.edges, few.gamma):
         raise InputError(
@@ -521,9 +372,9 @@ def distill_of(config: Config, student: HeliosTransformer, scores: HeliosTransfo
         computes(config, backbone.transformer.train(), trains=True)
         if config.memory.checkpointing:
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
-    how, keys = training(config), config.stage.critic
+    how, keys = recipes.training(config), config.stage.critic
     critic = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
-    return DistillStage(distill_recipe(config), roles, how, critic)
+    return DistillStage(recipes.distill_recipe(config), roles, how, critic)
 
 
 def shared_lineage(config: Config, base: HeliosTransformer) -> Part:
@@ -565,7 +416,7 @@ def teacher_sampler(config: Config) -> SamplerSettings:
     assert isinstance(config.stage, DistillStageKeys) and config.stage.teacher is not None
     folder = Path(config.stage.teacher)
     if is_run(folder):
-        return sampler(_content(folder)[1])
+        return recipes.sampler(_content(folder)[1])
     known = manifest.read_manifest(folder)
     return SamplerSettings.read(known.sampler) if known else SamplerSettings()
 
@@ -576,22 +427,6 @@ def ema(config: Config, stage: Stage) -> Ema | None:
     every = config.stage.every if isinstance(config.stage, DistillStageKeys) else 1  # iterations from one update to the next
     to_host = partial(Places(device(config)).put, place=HOST)
     return Ema(stage.masters.state_dict(), settings.decay, settings.start // every, to_host) if settings.decay else None
-
-
-def sampler(config: Config) -> SamplerSettings:
-    """How the trained model is sampled: shifted as trained, and where training has no dynamic shift, as diffusers' pipelines."""
-    solver = config.sample.solver if config.sample else "unipc"
-    if isinstance(config.stage, OdeStageKeys | DistillStageKeys):
-        few = config.stage.student
-        own = few.edges, few.gamma, 1.0, False, few.steps, few.amplify
-        return SamplerSettings(few.dynamic_shift, solver, len(few.steps), *own)
-    assert isinstance(config.stage, BaseStageKeys | MidStageKeys)
-    if isinstance(config.stage, MidStageKeys):
-        keys = config.stage.pyramid
-        linear = keys.dynamic_shift if keys.dynamic_shift != "none" else "linear"
-        return SamplerSettings(linear, solver, len(keys.ratios), keys.edges, keys.gamma, keys.shift)
-    dynamic = config.stage.flow.dynamic_shift
-    return SamplerSettings(dynamic if dynamic != "none" else "exponential", solver)
 
 
 @dataclass(frozen=True)
@@ -629,7 +464,7 @@ class Trained:
         config = self.config
         return manifest.ModelManifest(
             lineage=self.lineage(),
-            sampler=asdict(sampler(config)),
+            sampler=asdict(recipes.sampler(config)),
             codec={key: self.encoders["codec"][key] for key in ("name", "fingerprint")},
             text={key: self.encoders["text"][key] for key in ("name", "fingerprint", "rows", "dim")},
             size=config.data.size,

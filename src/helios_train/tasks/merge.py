@@ -19,7 +19,7 @@ from helios_train.history import FRAMES, SECTION, History
 from helios_train.models import adapters, manifest
 from helios_train.models.loading import load_transformer
 from helios_train.models.transformer import HeliosTransformer
-from helios_train.tasks import build
+from helios_train.tasks import build, recipes
 
 # Largest relative change of a forward that folding may make: rounding of sums in fp32, of weights in bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -61,7 +61,7 @@ def merge(source: Path, output: Path, weights: str, adapter_only: bool = False) 
             manifest.write_manifest(unfinished, replace(run_.model_manifest(), adapters=own))
         else:
             about = replace(run_.model_manifest(), adapters=_copy_earlier(run_, unfinished) | own)
-            settings = build.sampler(run_.config)
+            settings = recipes.sampler(run_.config)
             index = settings.pipeline_index()
             manifest.write_folder(unfinished, manifest.shape_of(adapted), plain, settings.scheduler(), index, about)
             check_forward(adapted, load_transformer(unfinished, adapted.proj_out.weight.dtype))

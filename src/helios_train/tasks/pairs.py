@@ -26,7 +26,7 @@ from helios_train.models import manifest
 from helios_train.models.codecs import SIDE
 from helios_train.models.text import pad
 from helios_train.sampling.trajectory import Teacher
-from helios_train.tasks import build, prepare
+from helios_train.tasks import build, prepare, recipes
 from helios_train.tasks.progress import Progress
 
 PLAN = "pairs_plan.json"
@@ -113,7 +113,7 @@ def _maker(config: Config) -> _Maker:
             f"init={config.init}: does not say how it is sampled (helios_train.json is missing); merge its run again"
         )
     build.computes(config, begun.transformer, trains=False)
-    device, few = build.device(config), build.rollout(config)
+    device, few = build.device(config), recipes.rollout(config)
     transformer = begun.transformer.to(device).eval()
     try:
         teacher = Teacher(transformer.velocity, begun.sampler, few, config.pairs.steps, config.pairs.guidance)

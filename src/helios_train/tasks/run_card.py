@@ -13,7 +13,7 @@ from helios_train.models.adapters import group_of
 from helios_train.models.manifest import shown_encoder
 from helios_train.models.precision import Masters
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build
+from helios_train.tasks import build, recipes
 
 
 def counts(masters: Masters) -> dict[str, int]:
@@ -85,7 +85,7 @@ def warnings(stored: Manifest, clips: int, batch: int) -> list[str]:
 
 def _recipe_lines(config: Config, key: str, source: str) -> list[str]:
     """A key's value and where it comes from: the recipe's source, unless an experiment or the command line changed it."""
-    value, published = build.value_of(config, key), build.published_value(config, key)
+    value, published = recipes.value_of(config, key), recipes.published_value(config, key)
     names = sorted(published) if isinstance(published, dict) else []
     changed = {name: value[name] for name in names if value[name] != published[name]} if names else {}
     lines = [f"  {key} = {_shown(published if changed else value)}", f"    from: {source}"]

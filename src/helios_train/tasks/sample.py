@@ -29,7 +29,7 @@ from helios_train.sampling.output import SavedVideo, VideoFiles
 from helios_train.sampling.pipeline import SamplerSettings, Sections, build_pipeline, grown, pixels
 from helios_train.sampling.script import Script
 from helios_train.sampling.start import from_nothing
-from helios_train.tasks import build
+from helios_train.tasks import build, recipes
 
 SHOWN = 60  # characters of a caption in a file's name
 
@@ -57,7 +57,7 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     device = build.device(config)
     build.computes(config, begun.transformer, trains=False)
     transformer = begun.transformer.to(device)
-    settings = replace(begun.sampler or build.sampler(config), solver=wanted.solver)
+    settings = replace(begun.sampler or recipes.sampler(config), solver=wanted.solver)
     speed = toy_speed(origin.config)
     sampler = VideoSampler(codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress, toy_speed=speed)
     print(f"{config.init}: {size[0]}x{size[1]} pixels, codec {codec.name}, text {text.name}, on {device}", flush=True)

@@ -29,7 +29,7 @@ from helios_train.models.ema import Ema
 from helios_train.run import RunFolder, default_folder, find_resumable, iteration_of, write
 from helios_train.stages.replicas import ReplicaStrategy
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, handoff, prepare, run_card, sameness, watching
+from helios_train.tasks import build, handoff, prepare, recipes, run_card, sameness, watching
 
 PATIENCE = timedelta(hours=6)  # for which devices wait for the first one to sample a video
 RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
@@ -140,8 +140,8 @@ def watchers(config: Config, folder: RunFolder, stage: Stage, data: WindowModule
     if ema:
         callbacks.append(EmaCallback(ema))
     callbacks.append(Throughput(config.trainer.log_every, config.data.global_batch, partial(_measured, config, folder, done)))
-    if config.watch.every and config.data.held_out and build.learns_velocities(config):
-        objective = build.objective(config)
+    if config.watch.every and config.data.held_out and recipes.learns_velocities(config):
+        objective = recipes.objective(config)
         watch = config.watch
         callbacks.append(HeldOut(objective, watch.sigmas, watch.quantiles, watch.clips, watch.every, config.seed, ema))
     if config.watch.sample:

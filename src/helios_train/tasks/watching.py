@@ -26,7 +26,7 @@ from helios_train.run import RunFolder
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.distill import DistillStage
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, sample
+from helios_train.tasks import build, recipes, sample
 
 FPS = 25  # of sampled videos, where the data do not say
 NUMBER = 0  # every video of a run starts from the same noise: what changes between them is the model
@@ -76,7 +76,7 @@ def videos(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, 
 
     Devices other than the `main` one only wait.
     """
-    every, own = config.watch.sample_every, build.sampler(config)
+    every, own = config.watch.sample_every, recipes.sampler(config)
 
     def _of(transformer: HeliosTransformer, settings: SamplerSettings, name: str = "") -> Callable[[int], Clip] | None:
         return video_sampler(config, folder, transformer, data, settings, name) if main else None
