@@ -85,6 +85,11 @@ def test_pairs_are_the_same_in_parts_and_after_a_stop(pairs: Path, tmp_path: Pat
         tiny_run(*pairs_words(merged, parts, "pairs.guidance=3"))
 
 
+def test_pairs_go_with_the_stage_that_learns_from_them(tmp_path: Path, tiny_run: Run, merged: Path) -> None:
+    with pytest.raises(ConfigError, match="add stage=ode"):
+        tiny_run(*SIZE, "task=pairs", f"init={merged / 'mid'}", f"pairs.output={tmp_path}")
+
+
 def test_what_a_pair_holds(pairs: Path) -> None:
     store = PairStore(pairs, 16)
     assert len(store) == 5 and [len(shard) for shard in store.by_shard()] == [2, 2, 1]

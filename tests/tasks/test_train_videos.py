@@ -19,6 +19,7 @@ from helios_train.callbacks.videos import Clip, Videos
 from helios_train.errors import InputError
 from helios_train.models.checkpoint import read
 from helios_train.run import RunFolder
+from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.stage import Stage
 from helios_train.tasks import watching
 
@@ -72,9 +73,9 @@ def test_a_run_with_videos_and_without_is_bit_equal(
     # Modes that differ from module to module must come back one by one.
     start = watching.video_sampler
 
-    def mixed(config: Any, folder: RunFolder, transformer: Any, data: Any) -> Callable[[int], Clip]:
+    def mixed(config: Any, folder: RunFolder, transformer: Any, *rest: Any) -> Callable[[int], Clip]:
         transformer.blocks[0].eval()
-        return start(config, folder, transformer, data)
+        return start(config, folder, transformer, *rest)
 
     monkeypatch.setattr(watching, "video_sampler", mixed)
     tiny_run(*RUN, *WATCHED, f"run_dir={tmp_path / 'watched'}")
@@ -130,7 +131,7 @@ def frames(mp4: Path) -> np.ndarray:
 def test_the_average_is_what_is_sampled(tiny_run: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[int, dict[str, torch.Tensor]] = {}
 
-    def sampler(config: Any, folder: RunFolder, transformer: Any, data: Any) -> Callable[[int], Clip]:
+    def sampler(config: Any, folder: RunFolder, transformer: Any, *rest: Any) -> Callable[[int], Clip]:
         def note(iteration: int) -> Clip:
             seen[iteration] = {name: value.detach().clone() for name, value in transformer.named_parameters()}
             return Clip(Path(), Path(), "")
@@ -172,4 +173,4 @@ def test_a_further_device_only_waits_and_only_where_a_video_is_due(tiny_run: Cal
 def test_a_codec_without_weights_is_said_before_anything_trains(tiny_run: Callable[..., None], tmp_path: Path) -> None:
     config: Any = SimpleNamespace(watch=None, codec=watching.WanCodec("wan", None))
     with pytest.raises(InputError, match="codec.weights=null.*watch.sample=false"):
-        watching.video_sampler(config, RunFolder(tmp_path), None, None)  # type: ignore[arg-type]
+        watching.video_sampler(config, RunFolder(tmp_path), None, None, SamplerSettings())  # type: ignore[arg-type]

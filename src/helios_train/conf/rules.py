@@ -71,8 +71,6 @@ def _broken(config: Config) -> Iterator[str]:
         yield from _prepare(config.prepare, config)
     if config.pairs:
         yield from _part("pairs.part", config.pairs.part)
-        if not isinstance(config.stage, OdeStage):
-            yield f"stage={config.stage.name}: task=pairs keeps the steps of a student of stage=ode; add stage=ode"
     if config.sample:
         yield from _sample(config.sample)
     if config.chain:

@@ -21,7 +21,7 @@ from helios_train.data.module import WindowModule
 from helios_train.data.pairs import PairShard, PairsManifest, Trajectory, pair_shard, write_pair_shard, write_pairs_manifest
 from helios_train.data.plan import Locks
 from helios_train.diffusion.rollout import RolloutDraw
-from helios_train.errors import InputError
+from helios_train.errors import ConfigError, InputError
 from helios_train.models import manifest
 from helios_train.models.codecs import SIDE
 from helios_train.models.text import pad
@@ -73,7 +73,9 @@ class _Maker:
 def run(config: Config, raw: dict[str, Any]) -> None:
     """Makes `pairs.count` trajectories of the teacher `init` under `pairs.output`."""
     keys = config.pairs
-    assert keys is not None and isinstance(config.stage, OdeStage)
+    assert keys is not None
+    if not isinstance(config.stage, OdeStage):
+        raise ConfigError(f"stage={config.stage.name}: task=pairs keeps the steps of a student of stage=ode; add stage=ode")
     if config.init is None:
         raise InputError("task=pairs needs init=<merged folder of the teacher>, a Mid or Base model")
     prepare.toy_shards(config)
