@@ -17,6 +17,7 @@ TRAIN = "trainer.max_steps=8 optimizer.warmup=2 watch.every=4 watch.sample_steps
 TOY = "data.toy.clips=16 data.held_out=4"
 SAMPLE = "sample.steps=3"
 CHAIN = """'chain.sample="sample.count=1 sample.steps=3"'"""
+PAIRS = "pairs.count=2 pairs.sections=1 pairs.steps=3"
 OWN_STEP = "make test"
 
 
@@ -26,6 +27,8 @@ def shortened(line: str) -> str:
         return line
     if "experiment=toy_chain" in line:
         return " ".join([line, TRAIN, TOY, CHAIN])
+    if "task=pairs" in line:
+        return " ".join([line, TOY, PAIRS])
     if "task=" not in line:
         return " ".join([line, TRAIN, *([TOY] if "data=folder" not in line else [])])
     return f"{line} {SAMPLE}" if "task=sample" in line else line

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from helios_train.models.roles import CRITIC, STUDENT
 from helios_train.stages.base import BaseStage
+from helios_train.stages.distill import DistillStage
 
 RECORD = "HELIOS_TRAIN_TEST_RECORD"
 
@@ -55,8 +57,32 @@ def recording(step: Any) -> Any:
     return recorded
 
 
+def recording_pairs(step: Any) -> Any:
+    """The step of the whole cast, after a line about its draws, a sample a line."""
+
+    def recorded(self: DistillStage, micro_batches: list[Any], batch_idx: int) -> None:
+        with Path(f"{os.environ[RECORD]}.{self.global_rank}").open("a") as file:
+            for pair in micro_batches:
+                for first, second in zip(pair.first.samples(), pair.second.samples(), strict=True):
+                    own = hashlib.sha256()
+                    for who, objective, sample in (
+                        (STUDENT, self.recipe.student, first),
+                        (CRITIC, self.recipe.critic, second),
+                    ):
+                        told, sections = self.told(sample, who)
+                        seen = told.views(0, told.history)
+                        digest([objective.draw(*self.where(sample), told.history.empty[0], sections), told.text, seen], own)
+                    ref = first.refs[0]
+                    place = [ref.iteration, ref.position, ref.epoch, ref.sample, first.sections[0], second.sections[0]]
+                    file.write(json.dumps([*place, own.hexdigest()]) + "\n")
+        step(self, micro_batches, batch_idx)
+
+    return recorded
+
+
 if __name__ == "__main__":
     BaseStage.training_step = recording(BaseStage.training_step)  # type: ignore[method-assign]
+    DistillStage.training_step = recording_pairs(DistillStage.training_step)  # type: ignore[method-assign]
     from helios_train.__main__ import main
 
     main()
