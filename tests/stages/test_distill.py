@@ -50,7 +50,9 @@ def built(given: Config, shared: bool = False) -> DistillStage:
     scores, student = (random_transformer(build.shape(given), torch.float32, seed) for seed in (0, 1))
     for number, one in enumerate((scores, student)):
         one.proj_out.weight.copy_(0.1 * rng.normal(rng.generator(number, "out"), one.proj_out.weight.shape))
-    return build.distill_of(given, scores if shared else student, scores).alone()
+    student = scores if shared else student
+    build.adapt_cast(given, student, scores)
+    return build.distill_of(given, student, scores).alone()
 
 
 def window(position: int, iteration: int, seed: int = 0) -> Window:

@@ -357,15 +357,20 @@ def distill_stage(config: Config) -> DistillStage:
         begun = start(config)
         _same_levels(config, begun)
         student, lineage = begun.transformer, NOTHING
+    adapt_cast(config, student, scores)
     return distill_of(config, student, scores, lineage)
 
 
-def distill_of(config: Config, student: HeliosTransformer, scores: HeliosTransformer, lineage: Part = NOTHING) -> DistillStage:
-    """The stage over plain transformers, which may be one and the same."""
-    assert isinstance(config.stage, DistillStageKeys)
+def adapt_cast(config: Config, student: HeliosTransformer, scores: HeliosTransformer) -> None:
+    """Puts the adapters of student and critic on plain transformers, which may be one and the same."""
     adapters.add_lora(student, STUDENT, lora(config), config.seed)
     following = replace(lora(config), history_adapters=False, history_patches=False)
     adapters.add_lora(scores, CRITIC, following, config.seed)
+
+
+def distill_of(config: Config, student: HeliosTransformer, scores: HeliosTransformer, lineage: Part = NOTHING) -> DistillStage:
+    """The stage over transformers that have their adapters."""
+    assert isinstance(config.stage, DistillStageKeys)
     own = as_student(student, lineage)
     roles = Roles(own, own if student is scores else Backbone(scores), lineage)
     for backbone in (roles.student,) if roles.shared else (roles.student, roles.scores):
