@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from helios_train import rng
 from helios_train.conf import compose
+from helios_train.data.format import NEGATIVE
 from helios_train.data.order import Ref
 from helios_train.data.pairs import PairStore, read_pairs_manifest
 from helios_train.errors import ConfigError, InputError
@@ -21,9 +23,11 @@ from helios_train.history import FRAMES, SECTION, History
 from helios_train.models import checkpoint, manifest
 from helios_train.models.loading import load_transformer
 from helios_train.models.roles import CRITIC, STUDENT, TEACHER
+from helios_train.models.text import HashText
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.distill import DistillStage
 from helios_train.tasks import build
+from helios_train.tasks.prepare import NEGATIVE_PROMPT
 
 from ..conftest import TINY_RUN
 
@@ -208,6 +212,33 @@ def test_on_a_shared_base_the_student_is_its_lineage(tmp_path: Path, tiny_run: R
     tiny_run(*words, "task=merge", f"init={run}", f"merge.output={tmp_path / 'merged'}")
     known = manifest.read_manifest(tmp_path / "merged")
     assert known is not None and [link.stage for link in known.lineage] == ["base", "mid", "ode", "distill"]
+
+
+def test_the_negative_prompt_of_the_dataset_reaches_the_teacher(
+    tmp_path: Path, tiny_run: Run, merged: Path, student: Path
+) -> None:
+    words = distill_words(merged, student, "stage.negative_text=prompt")
+    with pytest.raises(InputError, match=r"has no negative prompt; prepare it with prepare.negative_text=published"):
+        tiny_run(*words, f"run_dir={tmp_path / 'run'}")
+    root = f"data.root={tmp_path / 'shards'}"
+    tiny_run(*SIZE, "task=prepare", root, "prepare.negative_text=published")
+    stage = build.stage(compose.compose([*TINY_RUN, *words, root]))
+    assert isinstance(stage, DistillStage) and stage.recipe.negative is not None
+    expected = HashText().encode([NEGATIVE_PROMPT])[0]
+    torch.testing.assert_close(stage.recipe.negative[: len(expected)], expected, rtol=1e-2, atol=1e-2)  # stored in bf16
+    assert stage.recipe.negative.shape == (16, 64) and torch.count_nonzero(stage.recipe.negative[len(expected) :]) == 0
+    seen = []
+    teacher = stage.cast.teacher
+    stage.cast = replace(stage.cast, teacher=lambda x, t, text, history: (seen.append(text), teacher(x, t, text, history))[1])
+    (batch,) = [
+        pairs
+        for pairs, _ in zip(build.data(compose.compose([*TINY_RUN, *words, root])).train_dataloader(), range(1), strict=False)
+    ]
+    stage.alone().training_step([pair.to("cpu") for pair in batch], 0)
+    assert any(torch.equal(text[0], stage.recipe.negative) for text in seen)
+    (tmp_path / "shards" / NEGATIVE).write_bytes(b"x")
+    with pytest.raises(InputError, match="missing or not the file"):
+        build.negative_text(compose.compose([*TINY_RUN, *words, root]))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ class Prepare:
     bad: Literal["stop", "skip"]
     timeout: Above0
     batch: Positive
+    negative_text: str | None
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ class Sections:
     """What a rollout begins from, and over how many sections it goes."""
 
     history: Literal["given", "own"]
+    exits: Literal["random", "last"]
     sections: tuple[Positive, Positive]
     anneal: Count
     cold_start: Count

@@ -5,6 +5,7 @@
     root/raw/b00132x64x128/000000.tar              KEY.mp4  KEY.json  KEY.txt: the same clips in the same order, as they came
     root/index/lat/b00132x64x128/000000.idx        a safetensors file: where each member lies, and its checksums
     root/skipped.json                              what was left out and why, where something was
+    root/negative.text.safetensors                 the embedded negative prompt, where one was given
     root/prepare/                                  the plan and the receipts of task=prepare; nothing else reads them
 
 Shards are plain tars that the webdataset library reads; the index lets `ClipStore` read any section of any clip by itself.
@@ -36,6 +37,7 @@ MANIFEST = "dataset.json"
 SECTION_FRAMES, SECTION_LATENTS, CHANNELS, STRIDE = 33, 9, 16, 8  # a section's pixel and latent frames; pixels a latent side
 LATENTS, TEXT, META = "latents.safetensors", "text.safetensors", "json"  # the suffixes of a sample's three members
 MEMBERS = (LATENTS, TEXT, META)
+NEGATIVE = "negative.text.safetensors"  # under the root: the text that guidance leads away from, where one was given
 CAPTION = "txt"  # in raw shards, beside META and the video
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # of a disk, not of what is being written
 KEY = re.compile(r"[a-z0-9_-]{1,75}")  # no dots: webdataset cuts names at the first; short enough for USTAR's 100 characters
@@ -99,10 +101,11 @@ class RawInfo:
 class Manifest:
     """What `dataset.json` says. Sample ids number the samples of `shards` in their order here.
 
-    `codec`: name, fingerprint, latents_mean, latents_std. `text`: name, fingerprint, rows, dim. `source_sha256`: what the
-    dataset was made from and how. `columns`: the members of a sample, by folder. `raw`: the shards of videos, none where they
-    were not kept. `health`: clips by what is amiss with them (short_history: under 4 sections, so that none shows a full
-    history; caption_missing; caption_empty), and `skipped`, what was left out, counted by kind.
+    `codec`: name, fingerprint, latents_mean, latents_std. `text`: name, fingerprint, rows, dim, and `negative` (prompt, sha256)
+    where the dataset has a negative prompt. `source_sha256`: what the dataset was made from and how. `columns`: the members of a
+    sample, by folder. `raw`: the shards of videos, none where they were not kept. `health`: clips by what is amiss with them
+    (short_history: under 4 sections, so that none shows a full history; caption_missing; caption_empty), and `skipped`, what was
+    left out, counted by kind.
     """
 
     buckets: tuple[Bucket, ...]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from helios_train.data.format import (
     MANIFEST,
     MEMBERS,
     META,
+    NEGATIVE,
     TEXT,
     Bucket,
     ShardInfo,
@@ -119,6 +121,16 @@ class ClipStore:
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
         about = json.loads(data[8:start].tobytes())["prompt_embed"]
         return torch.from_numpy(data[start:]).view(torch.bfloat16).view(about["shape"])
+
+    def negative_text(self) -> torch.Tensor | None:
+        """The negative prompt's rows as bf16 [L, dim], None where the dataset has none. InputError where the file is damaged."""
+        about = self.manifest.text.get("negative")
+        if about is None:
+            return None
+        path = self.root / NEGATIVE
+        if not path.is_file() or sha256_of(path) != about["sha256"]:
+            raise InputError(f"{path}: missing or not the file {MANIFEST} lists; {REMEDY}")
+        return safetensors.torch.load_file(path)["prompt_embed"]
 
     def meta(self, sample: int) -> dict[str, Any]:
         """The clip's record: caption (a list), source, truth where it is known, and how the latents were made."""

@@ -28,12 +28,12 @@ PLAN_PLACE = 0  # byte of the lock file that stands for the plan and dataset.jso
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """How videos become clips and shards. The bytes follow from all but the last three.
+    """How videos become clips and shards. The bytes follow from all but `part`, `bad` and `timeout`.
 
     `sizes`: resolution buckets (H, W); None: the one size. `lengths`: length buckets in frames; None: every whole section.
     `start`: where a clip shorter than its video begins. `batch`: sections encoded at once (a network's last digits depend on
     it). `part`: (k, n), the k-th of n shares of the shards. `bad`: what a video that cannot be used does. `timeout`: seconds a
-    video may take to decode.
+    video may take to decode. `negative_text`: embedded beside the captions, for guidance to lead away from.
     """
 
     sizes: tuple[tuple[int, int], ...] | None = None
@@ -46,10 +46,12 @@ class PrepareSettings:
     part: tuple[int, int] = (1, 1)
     bad: Literal["stop", "skip"] = "stop"
     timeout: float = 120.0
+    negative_text: str | None = None
 
     def followed(self) -> dict[str, Any]:
         """What the bytes of the dataset follow from."""
-        return {name: value for name, value in asdict(self).items() if name not in ("part", "bad", "timeout")}
+        without = ("part", "bad", "timeout", *(["negative_text"] if self.negative_text is None else []))
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 @dataclass(frozen=True)

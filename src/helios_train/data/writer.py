@@ -25,6 +25,7 @@ from helios_train.data.format import (
     LATENTS,
     MEMBERS,
     META,
+    NEGATIVE,
     SCHEMA,
     TEXT,
     Bucket,
@@ -135,6 +136,17 @@ def _pack(sample: Sample, bucket: Bucket) -> tuple[dict[str, bytes], _Row]:
         section_crcs=[crc32(memoryview(packed)[cut : cut + bucket.section_bytes]) for cut in cuts],
     )
     return members, row
+
+
+def write_negative(root: Path, prompt: str, rows: torch.Tensor) -> dict[str, str]:
+    """Write the embedded negative prompt, rows [L, dim], as bf16; returns what the manifest says of it.
+
+    InputError on a full disk.
+    """
+    content = safetensors.torch.save({"prompt_embed": rows.to(torch.bfloat16).contiguous()})
+    with atomic(root / NEGATIVE) as file:
+        file.write(content)
+    return {"prompt": prompt, "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def member_offsets(file: BinaryIO) -> dict[str, int]:

@@ -74,6 +74,7 @@ class Rollout:
     dynamic, cap, behind: the shift of sigma by a level's tokens, as of Pyramid.factors. sigmas: the `exact` ones of the steps,
     as diffusers' sampler has them, or those of the `table` entries nearest in time, as published training has them. timesteps:
     the network is fed the steps' times as `float`, or cut to `int`, as diffusers' sampler feeds them; sigma stays the step's.
+    leave: the exits that `draw` gives: `random` ones, or none, so that every level is run to its `last` step, as in sampling.
     """
 
     pyramid: Pyramid
@@ -84,6 +85,7 @@ class Rollout:
     timesteps: Literal["float", "int"] = "float"
     sigmas: Literal["table", "exact"] = "table"
     behind: bool = False
+    leave: Literal["random", "last"] = "random"
 
     def __post_init__(self) -> None:
         if len(self.steps) != self.pyramid.count or min(self.steps) < 1:
@@ -130,7 +132,7 @@ class Rollout:
         return RolloutDraw(
             start=rng.normal(rng.generator(seed, f"{who} start noise", *where), (1, *shape)),
             blocks=tuple(block_noise(noise, self.pyramid.gamma) for noise in white),
-            exits=self.exits(seed, who, where, empty) if early else None,
+            exits=self.exits(seed, who, where, empty) if early and self.leave == "random" else None,
         )
 
     def __call__(self, velocity: BoundVelocity, draw: RolloutDraw, empty: bool, align: bool = False) -> Rolled:

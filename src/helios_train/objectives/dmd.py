@@ -133,8 +133,7 @@ class StudentObjective:
         looked = self.renoise.draw(seed, "student renoise", *where)
         if self.decoupled is None:
             return StudentDraw(rollouts, looked)
-        exits = rollouts[-1].exits
-        assert exits is not None
+        exits = rollouts[-1].exits or (-1,)
         left = self.rollout.schedule(shape, empty and sections == 1)[-1][exits[-1]]
         top = self.decoupled.top(iteration, left.time)
         return StudentDraw(rollouts, looked, self.renoise.draw(seed, "student guidance", *where, top))

@@ -16,6 +16,7 @@ from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
 from helios_train.conf.schema import DistillStage as DistillStageKeys
 from helios_train.conf.schema import MidStage as MidStageKeys
 from helios_train.conf.schema import OdeStage as OdeStageKeys
+from helios_train.data.index import ClipStore
 from helios_train.data.module import LoadSettings, WindowModule
 from helios_train.data.toy import ToySpec
 from helios_train.errors import InputError
@@ -29,7 +30,7 @@ from helios_train.models.ema import Ema
 from helios_train.models.loading import load_transformer, random_transformer, read_shape
 from helios_train.models.precision import DTYPES
 from helios_train.models.roles import CRITIC, STUDENT, Backbone, Roles, as_student
-from helios_train.models.text import HashText, TextEncoder
+from helios_train.models.text import HashText, TextEncoder, pad
 from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.run import RunFolder, iteration_of
@@ -358,7 +359,7 @@ def distill_stage(config: Config) -> DistillStage:
         _same_levels(config, begun)
         student, lineage = begun.transformer, NOTHING
     adapt_cast(config, student, scores)
-    return distill_of(config, student, scores, lineage)
+    return distill_of(config, student, scores, lineage, negative_text(config))
 
 
 def adapt_cast(config: Config, student: HeliosTransformer, scores: HeliosTransformer) -> None:
@@ -368,7 +369,13 @@ def adapt_cast(config: Config, student: HeliosTransformer, scores: HeliosTransfo
     adapters.add_lora(scores, CRITIC, following, config.seed)
 
 
-def distill_of(config: Config, student: HeliosTransformer, scores: HeliosTransformer, lineage: Part = NOTHING) -> DistillStage:
+def distill_of(
+    config: Config,
+    student: HeliosTransformer,
+    scores: HeliosTransformer,
+    lineage: Part = NOTHING,
+    negative: torch.Tensor | None = None,
+) -> DistillStage:
     """The stage over transformers that have their adapters."""
     assert isinstance(config.stage, DistillStageKeys)
     own = as_student(student, lineage)
@@ -379,7 +386,24 @@ def distill_of(config: Config, student: HeliosTransformer, scores: HeliosTransfo
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
     how, keys = recipes.training(config), config.stage.critic
     critic = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
-    return DistillStage(recipes.distill_recipe(config), roles, how, critic)
+    return DistillStage(recipes.distill_recipe(config, negative), roles, how, critic)
+
+
+def negative_text(config: Config) -> torch.Tensor | None:
+    """What guidance leads away from, [rows, dim]: the dataset's negative prompt where that is asked for, None for zeros.
+
+    InputError where the dataset has none.
+    """
+    assert isinstance(config.stage, DistillStageKeys)
+    if config.stage.negative_text is None:
+        return None
+    rows = ClipStore(Path(config.data.root)).negative_text()
+    if rows is None:
+        raise InputError(
+            f"stage.negative_text=prompt: the dataset {config.data.root} has no negative prompt; prepare it with "
+            "prepare.negative_text=published (or a prompt of yours), or set stage.negative_text=null for zeros"
+        )
+    return pad([rows.float()], config.text.rows)[0]
 
 
 def shared_lineage(config: Config, base: HeliosTransformer) -> Part:

@@ -48,6 +48,7 @@ from helios_train.data.plan import (
 )
 from helios_train.data.reencode import RawShards
 from helios_train.data.toy import render_folder
+from helios_train.data.writer import write_negative
 from helios_train.errors import HeliosError, InputError
 from helios_train.models.codecs import Codec
 from helios_train.models.text import TextEncoder
@@ -59,6 +60,13 @@ SIDE_STEP = 16  # the transformer's patches are 16 pixels wide, and diffusers' p
 FULL_HISTORY = 4  # sections a clip needs for one of them to have all 19 frames of history
 SKIPPED = "skipped.json"
 DEFAULTS = PrepareSettings()
+# The negative prompt that Wan's models, and Helios after them, are guided away from.
+NEGATIVE_PROMPT = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall gray, worst "
+    "quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, poorly drawn faces, "
+    "deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, many people in the "
+    "background, walking backwards"
+)
 
 
 class Stopped(HeliosError):
@@ -102,6 +110,7 @@ def settings_of(config: Config) -> PrepareSettings:
         sizes=RESOLUTIONS if keys.sizes == "published" else keys.sizes,
         lengths=LENGTHS if keys.lengths == "published" else keys.lengths,
         part=(int(part), int(parts)),
+        negative_text=NEGATIVE_PROMPT if keys.negative_text == "published" else keys.negative_text,
         **own,
     )
 
@@ -139,7 +148,7 @@ def prepare_folder(
             plan = _plan(root, identity, footage, decoder, settings, locks)
             _make_shards(root, plan, footage, encoders, settings, seed, decoder, locks)
             with locks.hold(PLAN_PLACE, wait=True):
-                manifest = _assembled(root, plan, footage, encoders)
+                manifest = _assembled(root, plan, footage, encoders, settings)
     if manifest is not None:
         _say(_summary(root, manifest))
     return manifest
@@ -268,7 +277,7 @@ def _shares(maker: ShardMaker, seconds: float) -> dict[str, float]:
     return {"seconds": seconds, "decode": spent["decode"], "encode": spent["encode"], "write": write, "wait": spent["wait"]}
 
 
-def _assembled(root: Path, plan: Plan, source: Source, encoders: Encoders) -> Manifest | None:
+def _assembled(root: Path, plan: Plan, source: Source, encoders: Encoders, settings: PrepareSettings) -> Manifest | None:
     """Write dataset.json of the receipts, if all are there; otherwise say which shards are open."""
     found = [(shard, read_receipt(root, plan, shard)) for shard in plan.shards]
     receipts = [receipt for _, receipt in found if receipt is not None]
@@ -289,6 +298,9 @@ def _assembled(root: Path, plan: Plan, source: Source, encoders: Encoders) -> Ma
             file.write((json.dumps([asdict(one) for one in skipped], indent=1, ensure_ascii=False) + "\n").encode())
     for leftover in (root / FOLDER).glob("*.tmp"):  # of killed runs; nobody is at work any more
         leftover.unlink(missing_ok=True)
+    if settings.negative_text is not None:
+        rows = encoders.text.encode([settings.negative_text])[0]
+        manifest = replace(manifest, text={**manifest.text, "negative": write_negative(root, settings.negative_text, rows)})
     write_manifest(root, manifest)
     return manifest
 

@@ -113,7 +113,8 @@ def ode_objective(config: Config) -> OdeObjective:
 def distill_recipe(config: Config, negative: torch.Tensor | None = None) -> DistillRecipe:
     """Objectives of student and critic, and what is done to the history. `negative`: see DistillRecipe."""
     assert isinstance(config.stage, DistillStageKeys)
-    keys, few, looks = config.stage, rollout(config), config.stage.renoise
+    keys, looks = config.stage, config.stage.renoise
+    few = replace(rollout(config), leave=keys.rollout.exits)
     looking = Renoise(anneal=looks.anneal, dynamic=looks.dynamic_shift, low=looks.low, high=looks.high, sigmas=looks.sigmas)
     student = StudentObjective(
         few,
