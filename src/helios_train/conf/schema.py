@@ -87,6 +87,7 @@ class Sample:
     prompt: str | tuple[str, ...] | None
     script: tuple[tuple[Count, str], ...] | None
     crossfade: Count
+    drift: bool
     image: str | None
     video: str | None
     size: tuple[Pixels, Pixels] | None

@@ -10,7 +10,7 @@ may change between sections; the latents are those of its own run, bit for bit. 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
@@ -101,12 +101,19 @@ class Denoiser(Protocol):
     def __call__(self, section: int, text: Tensor, history: History) -> Tensor: ...
 
 
-def grown(denoise: Denoiser, texts: Iterable[Tensor], history: History) -> Iterator[Tensor]:
-    """The latents [B, 16, 9, h, w] of one section after the other: one for each of `texts` [B, rows, dim], after `history`."""
+def grown(
+    denoise: Denoiser, texts: Iterable[Tensor], history: History, look: Callable[[Tensor, History], History] | None = None
+) -> Iterator[Tensor]:
+    """The latents [B, 16, 9, h, w] of one section after the other: one for each of `texts` [B, rows, dim], after `history`.
+
+    look: given a section and the history with it, what the next section is to see of that.
+    """
+    seen = history
     for number, text in enumerate(texts):
-        latents = denoise(number, text, history)
+        latents = denoise(number, text, seen)
         yield latents
         history = history.followed_by(latents)
+        seen = look(latents, history) if look else history
 
 
 Pipeline: TypeAlias = HeliosPipeline | HeliosPyramidPipeline

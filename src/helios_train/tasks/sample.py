@@ -24,6 +24,7 @@ from helios_train.models.codecs import Codec
 from helios_train.models.text import pad
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.run import RunFolder
+from helios_train.sampling.drift import DriftGuard
 from helios_train.sampling.inputs import ImageStart, VideoStart, load_image, load_video
 from helios_train.sampling.output import SavedVideo, VideoFiles
 from helios_train.sampling.pipeline import SamplerSettings, Sections, build_pipeline, grown, pixels
@@ -59,7 +60,18 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     transformer = begun.transformer.to(device)
     settings = replace(begun.sampler or recipes.sampler(config), solver=wanted.solver)
     speed = toy_speed(origin.config)
-    sampler = VideoSampler(codec, encoded, settings, size, wanted.fps, config.seed, start=start, told=_progress, toy_speed=speed)
+    sampler = VideoSampler(
+        codec,
+        encoded,
+        settings,
+        size,
+        wanted.fps,
+        config.seed,
+        start=start,
+        told=_progress,
+        toy_speed=speed,
+        drift=wanted.drift,
+    )
     print(f"{config.init}: {size[0]}x{size[1]} pixels, codec {codec.name}, text {text.name}, on {device}", flush=True)
     if start:
         print("\n".join([f"from {start.path}", *(f"  {note}" for note in start.notes)]), flush=True)
@@ -149,7 +161,7 @@ class VideoSampler:
 
     A video's noise is a function of (seed, number). `start`: what every video begins from, nothing by default. `told` hears
     after each section how many of how many are done. `toy_speed`: the range that parts slow from quick in captions of toy videos,
-    pixels a frame for a shorter side of 64.
+    pixels a frame for a shorter side of 64. `drift`: history is noised where a video's latents drift, see DriftGuard.
     """
 
     def __init__(
@@ -164,10 +176,11 @@ class VideoSampler:
         start: ImageStart | VideoStart | None = None,
         told: Callable[[int, int], None] | None = None,
         toy_speed: tuple[float, float] = ToySpec.speed,
+        drift: bool = False,
     ):
         self.codec, self.text, self.settings = codec, text, settings
         self.size, self.fps, self.seed = size, fps, seed
-        self.start, self.told, self.toy_speed = start, told, toy_speed
+        self.start, self.told, self.toy_speed, self.drift = start, told, toy_speed, drift
 
     def sample(
         self,
@@ -213,7 +226,8 @@ class VideoSampler:
         history = self.start.history(self.codec, generator) if self.start else nothing
         pipeline = build_pipeline(transformer, self.codec, self.settings)
         denoise = Sections(pipeline, steps, guidance, generator, self.settings.amplify)
-        return grown(denoise, script.texts(embeddings, count), history)
+        guard = DriftGuard(self.seed) if self.drift else None
+        return grown(denoise, script.texts(embeddings, count), history, guard)
 
 
 def _as_script(prompt: str | Script) -> Script:
