@@ -116,7 +116,9 @@ def test_the_students_gradient_is_what_the_scores_say_of_its_section() -> None:
     sigma = ROLLOUT.schedule(SHAPE, False)[-1][1].sigma
     torch.testing.assert_close(added.grad, -sigma * gradient / x.numel(), rtol=1e-5, atol=1e-12)
     assert loss.total.item() == pytest.approx(0.5 * gradient.square().mean().item(), rel=1e-5)
-    assert loss.sums.tolist() == [pytest.approx([loss.total.item()] * 2), [1, 1]] and STUDENT.log_names() == ["loss/dmd", "loss"]
+    spread = (x - x.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
+    assert loss.sums.tolist() == [pytest.approx([loss.total.item(), spread, loss.total.item()]), [1, 1, 1]]
+    assert STUDENT.log_names() == ["loss/dmd", "saturation", "loss"]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
@@ -197,21 +199,21 @@ def test_alignment_acts_where_a_level_was_left_late() -> None:
     aligned = replace(STUDENT, align=0.25)
     plain, (values, _), _ = gradient_of(STUDENT, drawn())
     found, (both, counts), names = gradient_of(aligned, drawn())
-    assert names == ["loss/dmd", "loss/align", "loss"] and counts == [1, 1, 1]
+    assert names == ["loss/dmd", "loss/align", "saturation", "loss"] and counts == [1, 1, 1, 1]
     assert found != pytest.approx(plain, rel=1e-3) and both[0] == pytest.approx(values[0])
-    assert both[1] > 0 and both[2] == pytest.approx(both[0] + 0.25 * both[1])
+    assert both[1] > 0 and both[3] == pytest.approx(both[0] + 0.25 * both[1])
     early = drawn(exits=(0, 0, 0))
     assert gradient_of(aligned, early)[0] == gradient_of(STUDENT, early)[0]
-    assert gradient_of(aligned, early)[1][1] == [1, 0, 1]  # not counted
+    assert gradient_of(aligned, early)[1][1] == [1, 0, 1, 1]  # not counted
 
 
 def test_the_mean_variance_regulariser_acts() -> None:
     regular = replace(STUDENT, mean_variance=MeanVariance(weight=2.0))
     plain, (values, _), _ = gradient_of(STUDENT, drawn())
     found, (both, _), names = gradient_of(regular, drawn())
-    assert names == ["loss/dmd", "loss/mean_variance", "loss"]
+    assert names == ["loss/dmd", "loss/mean_variance", "saturation", "loss"]
     assert found != pytest.approx(plain, rel=1e-3) and both[0] == pytest.approx(values[0])
-    assert both[1] > 0 and both[2] == pytest.approx(both[0] + 2 * both[1])
+    assert both[1] > 0 and both[3] == pytest.approx(both[0] + 2 * both[1])
 
 
 def test_decoupled_matching_and_guidance_are_two_pulls() -> None:
@@ -219,7 +221,7 @@ def test_decoupled_matching_and_guidance_are_two_pulls() -> None:
     draw = drawn(objective)
     assert draw.guidance is not None and not torch.equal(draw.guidance.noise, draw.renoise.noise)
     found, (values, _), names = gradient_of(objective, draw)
-    assert names == ["loss/dmd", "loss/guidance", "loss"] and values[2] == pytest.approx(values[0] + values[1])
+    assert names == ["loss/dmd", "loss/guidance", "saturation", "loss"] and values[3] == pytest.approx(values[0] + values[1])
     x = ROLLOUT(Network(0.5).bound(TEXT), draw.rollouts[0], empty=False).output.detach()
     pulls = matching(scores(), x, draw.renoise, 0.0), augmentation(scores(), x, draw.guidance, 3.0)
     assert values[:2] == pytest.approx([0.5 * pull.square().mean().item() for pull in pulls], rel=1e-5)

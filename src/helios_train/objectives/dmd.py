@@ -20,7 +20,7 @@ from helios_train.diffusion.rollout import BoundVelocity, Rollout, RolloutDraw
 from helios_train.diffusion.schedule import STEPS
 from helios_train.history import History
 from helios_train.objectives.flow import Loss, Velocity, names_by_sigma, sums_by_sigma
-from helios_train.objectives.regularise import MeanVariance, alignment
+from helios_train.objectives.regularise import MeanVariance, alignment, saturation
 from helios_train.objectives.renoise import Renoise, RenoiseDraw
 from helios_train.objectives.student import Section, Views, as_it_is, bound, draw_sections, roll
 
@@ -148,7 +148,8 @@ class StudentObjective:
         )
         terms = self._matched(scores, section.latents, draw) | self._added(section)
         total = torch.stack([weight * term for weight, term in terms.values()]).sum()
-        return Loss(total, self._sums({name: term for name, (_, term) in terms.items()}, total))
+        values = {f"loss/{name}": term for name, (_, term) in terms.items()}
+        return Loss(total, self._sums(values | {"saturation": saturation(section.latents.detach()).mean(), "loss": total}))
 
     def _matched(self, scores: Scores, x: Tensor, draw: StudentDraw) -> dict[str, tuple[float, Tensor]]:
         """Weight and value of the terms that come from the scores."""
@@ -170,19 +171,19 @@ class StudentObjective:
         return terms
 
     def log_names(self) -> list[str]:
-        """Names of the columns of `Loss.sums`: the terms, unweighted, as far as they are on, and the whole."""
+        """Names of the columns of `Loss.sums`: the terms that are on, unweighted, the section's saturation, the whole."""
         on = {
             "dmd": True,
             "guidance": self.decoupled is not None,
             "align": self.align > 0,
             "mean_variance": self.mean_variance is not None,
         }
-        return [*(f"loss/{name}" for name, used in on.items() if used), "loss"]
+        return [*(f"loss/{name}" for name, used in on.items() if used), "saturation", "loss"]
 
-    def _sums(self, terms: Mapping[str, Tensor], total: Tensor) -> Tensor:
+    def _sums(self, values: Mapping[str, Tensor]) -> Tensor:
         names = self.log_names()
-        sums = total.new_zeros(2, len(names), dtype=torch.float32)
-        for name, value in {**{f"loss/{name}": term for name, term in terms.items()}, "loss": total}.items():
+        sums = values["loss"].new_zeros(2, len(names), dtype=torch.float32)
+        for name, value in values.items():
             sums[0, names.index(name)] = value.detach()
             sums[1, names.index(name)] = 1
         return sums

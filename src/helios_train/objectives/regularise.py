@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def saturation(x_BCTHW: Tensor) -> Tensor:
+    """How far the channels are from their mean at each pixel, root mean square: what Frame-Aware Corrupt calls saturation. [B]"""
+    return (x_BCTHW - x_BCTHW.mean(dim=1, keepdim=True)).flatten(1).square().mean(dim=1).sqrt()
+
+
 def alignment(estimates: Sequence[Sequence[Tensor]]) -> Tensor | None:
     """`0.5 (exit - sg[earlier])^2` between the estimates of a level's end point, a mean over earlier steps, then over levels.
 
