@@ -6,8 +6,10 @@ independently from the same clips.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,17 @@ class DistillStage(Stage):
     def averages_now(self) -> bool:
         """The average follows the student, in its turns."""
         return self._student_turn
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what was last logged of the student, which stands in the log's rows until its next turn."""
+        super().on_save_checkpoint(checkpoint)
+        own = {name: float(value) for name, value in self.last.items() if not name.startswith(f"{CRITIC}/")}
+        checkpoint["counters"]["last"] = {name: value for name, value in own.items() if math.isfinite(value)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes that back."""
+        super().on_load_checkpoint(checkpoint)
+        self.last |= checkpoint["counters"]["last"]
 
     def training_step(self, micro_batches: list[WindowPair], batch_idx: int) -> None:
         """One iteration over this device's pairs of windows of a global batch."""
