@@ -71,7 +71,11 @@ def test_all_that_is_wrong_is_one_sentence() -> None:
 
 def test_bytes_follow_from_all_settings_but_three() -> None:
     names = {field.name for field in dataclasses.fields(PrepareSettings)}
-    assert names - set(PrepareSettings().followed()) == {"part", "bad", "timeout"}
+    assert names - set(PrepareSettings(negative_text="blurred").followed()) == {"part", "bad", "timeout"}
+
+
+def test_a_dataset_without_a_negative_prompt_is_identified_as_before_there_were_any() -> None:
+    assert "negative_text" not in PrepareSettings().followed()
 
 
 CONTEXT = multiprocessing.get_context("fork")
