@@ -96,7 +96,7 @@ def test_who_changes_when(shared: bool) -> None:
         assert stage.iteration == iteration + 1
         assert {name: weight.requires_grad for name, weight in stage.named_parameters()} == flags
     assert same(frozen, dict(everything(stage)))
-    assert float(stage.last["data/saturation"]) == pytest.approx(1, abs=0.1) and stage.last["student/saturation"] > 0
+    assert float(stage.last["student/saturation_real"]) == pytest.approx(1, abs=0.1) and stage.last["student/saturation"] > 0
     assert stage.last["student/loss"] > 0 and stage.last["critic/loss/critic"] > 0 and stage.skipped == 0
 
 

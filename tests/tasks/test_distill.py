@@ -270,3 +270,29 @@ def test_regression_without_pairs_or_on_other_pairs(tmp_path: Path, tiny_run: Ru
         tiny_run(*words, *FEW)
     with pytest.raises(InputError, match=r"made for a student of steps=\[2, 2\]"):
         tiny_run(*words, f"stage.pairs={pairs}", "stage.student.steps=[2,3]")
+
+
+def test_published_pairs_share_one_noise(tmp_path: Path, tiny_run: Run, merged: Path, pairs: Path) -> None:
+    output = tmp_path / "pairs"
+    tiny_run(*pairs_words(merged, output, "recipe=released", "pairs.count=3", "stage.student.shift_tokens=before"))
+    store = PairStore(output, 16)
+    one, other = (store[Ref(0, 0, 0, number)].trajectory for number in (0, 2))
+    assert torch.equal(one.sections[0][0].latents[0], other.sections[0][0].latents[0])
+    assert not torch.equal(one.final(0), other.final(0)), "their captions differ"
+    words = (*SIZE, *FEW, "stage=ode", f"init={merged / 'mid'}", f"run_dir={tmp_path / 'run'}")
+    with pytest.raises(InputError, match=r"has one noise, stage.pair_noise=each"):
+        tiny_run(*words, f"stage.pairs={output}")
+
+
+def test_pairs_of_a_teacher_of_another_life_are_refused(tmp_path: Path, tiny_run: Run, merged: Path, pairs: Path) -> None:
+    """A student may start from the teacher, or from what was made from it."""
+    other, known = tmp_path / "other", manifest.read_manifest(merged / "mid")
+    shutil.copytree(merged / "mid", other)
+    assert known is not None
+    base, mid = known.lineage
+    manifest.write_manifest(other, replace(known, lineage=(base, replace(mid, seed=8))))
+    words = (*SIZE, *FEW, "stage=ode", f"run_dir={tmp_path / 'run'}", f"stage.pairs={pairs}", "trainer.max_steps=1")
+    with pytest.raises(InputError, match=r"its teacher was not made as init=.*\(mid of seed=0, here mid of seed=8\)"):
+        tiny_run(*words, f"init={other}")
+    manifest.write_manifest(other, replace(known, lineage=(base, mid, replace(mid, seed=8))))
+    tiny_run(*words, f"init={other}")

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from helios_train.models.codecs import dct_codec
 from helios_train.models.loading import random_transformer
 from helios_train.models.text import HashText
 from helios_train.models.transformer import HeliosTransformer
+from helios_train.sampling.drift import DriftGuard
 from helios_train.sampling.inputs import load_image
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.sampling.script import Script
@@ -82,6 +84,19 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path, tiny_run: Run, tmp_pa
     assert a == b and len(a) == 6
     first, second = "000_a_red_circle.mp4", "001_a_red_circle.mp4"
     assert len({a[first], a[second], c[first], c[second]}) == 4  # noise by seed and number
+
+
+def test_history_is_noised_after_sections_that_drift(
+    trained: Path, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "DriftGuard", partial(DriftGuard, threshold=0.0))  # every section but the first is off its past
+    plan = f"init={trained}", "sample.sections=3"
+    for drift in ("true", "false"):
+        tiny_run(*QUICK, *plan, f"sample.output={tmp_path}/{drift}", f"sample.drift={drift}")
+    (watched,), (plain,) = facts_in(tmp_path / "true"), facts_in(tmp_path / "false")
+    assert watched["drifted"] == [1, 2] and "drifted" not in plain
+    one, other = (next((tmp_path / drift).glob("*.mp4")).read_bytes() for drift in ("true", "false"))
+    assert one != other
 
 
 def test_image_to_video(trained: Path, tiny_run: Run, tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ class OdeStage(Stage):
     name: Literal["ode"]
     student: FewSteps
     pairs: str | None
+    pair_noise: Literal["each", "one"]
     sections: Positive
     weight: Above0
 

@@ -38,12 +38,16 @@ class Cast:
 
 @dataclass(frozen=True)
 class Told:
-    """What a step is told: the prompt and the text guidance leads away from [B, rows, dim], history, and what is seen of it."""
+    """What a step is told: the prompt and the text guidance leads away from [B, rows, dim], history, and what is seen of it.
+
+    real: the clip's own section after that history, shaped like the student's.
+    """
 
     text: Tensor
     negative: Tensor
     history: History
     views: Views = as_it_is
+    real: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,10 @@ class StudentObjective:
         terms = self._matched(scores, section.latents, draw) | self._added(section)
         total = torch.stack([weight * term for weight, term in terms.values()]).sum()
         values = {f"loss/{name}": term for name, (_, term) in terms.items()}
-        return Loss(total, self._sums(values | {"saturation": saturation(section.latents.detach()).mean(), "loss": total}))
+        values["saturation"] = saturation(section.latents.detach()).mean()
+        if told.real is not None:
+            values["saturation_real"] = saturation(told.real).mean()
+        return Loss(total, self._sums(values | {"loss": total}))
 
     def _matched(self, scores: Scores, x: Tensor, draw: StudentDraw) -> dict[str, tuple[float, Tensor]]:
         """Weight and value of the terms that come from the scores."""
@@ -171,14 +178,17 @@ class StudentObjective:
         return terms
 
     def log_names(self) -> list[str]:
-        """Names of the columns of `Loss.sums`: the terms that are on, unweighted, the section's saturation, the whole."""
+        """Names of the columns of `Loss.sums`: the terms that are on, unweighted, saturation, the whole.
+
+        The section's saturation rises above the real one's where guidance is too strong.
+        """
         on = {
             "dmd": True,
             "guidance": self.decoupled is not None,
             "align": self.align > 0,
             "mean_variance": self.mean_variance is not None,
         }
-        return [*(f"loss/{name}" for name, used in on.items() if used), "saturation", "loss"]
+        return [*(f"loss/{name}" for name, used in on.items() if used), "saturation", "saturation_real", "loss"]
 
     def _sums(self, values: Mapping[str, Tensor]) -> Tensor:
         names = self.log_names()

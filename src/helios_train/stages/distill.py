@@ -19,7 +19,6 @@ from helios_train.data.batch import Window, WindowPair
 from helios_train.history import History, corrupt, mix
 from helios_train.models.roles import CRITIC, STUDENT, TEACHER, Roles
 from helios_train.objectives.dmd import Cast, CriticObjective, StudentObjective, Told
-from helios_train.objectives.regularise import saturation
 from helios_train.stages.stage import Stage
 from helios_train.stages.trainee import Trainee, Training
 
@@ -141,8 +140,6 @@ class DistillStage(Stage):
             draw = objective.draw(*self.where(sample), told.history.empty[0], sections)
             loss = objective(self.cast, told, draw)
             self.backward_part(loss.total, loss.sums, len(samples), TRAINED)
-        real = torch.cat([saturation(sample.target) for sample in samples])
-        self.last["data/saturation"] = real.mean()  # beside the student's, which oversaturates where guidance is too strong
 
     def train_critic(self, samples: Sequence[Window]) -> None:
         """Adds the critic's gradients of all samples."""
@@ -168,4 +165,4 @@ class DistillStage(Stage):
             sections = recipe.sections(seed, iteration)
         negative = torch.zeros_like(sample.text) if recipe.negative is None else recipe.negative.to(sample.text)[None]
         views = Drift(recipe.corrupt, seed, who, iteration, position)
-        return Told(sample.text, negative, history, views), sections
+        return Told(sample.text, negative, history, views, sample.target), sections

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -170,6 +170,12 @@ def _module(config: Config) -> WindowModule:
         raise InputError(
             f"{config.stage.pairs}: was made for a student of {other[0]}; make pairs for this one, or train that one"
         )
+    if made["noise"] != config.stage.pair_noise:
+        raise InputError(
+            f"{config.stage.pairs}: has {made['noise']} noise, stage.pair_noise={config.stage.pair_noise}; make pairs with this "
+            f"one, or set stage.pair_noise={made['noise']}"
+        )
+    _same_way(config, made["lineage"])
     same_encoders(
         stored.encoders,
         f"the pairs {config.stage.pairs}",
@@ -178,6 +184,22 @@ def _module(config: Config) -> WindowModule:
         "make the pairs again from a teacher of the same encoders",
     )
     return module
+
+
+def _same_way(config: Config, teacher: Sequence[Mapping[str, Any]]) -> None:
+    """InputError where pairs come from a teacher that is neither the model the student starts from, nor made from it, nor what it
+    was made from; `teacher`: what it has been through. Nothing is refused where either is unknown."""
+    own = json.loads(json.dumps([asdict(link) for link in start_lineage(config)])) if config.init else []
+    links = min(len(own), len(teacher))
+    if list(teacher[:links]) == own[:links]:
+        return
+    assert isinstance(config.stage, OdeStageKeys)
+    one, other = next((one, other) for one, other in zip(teacher, own, strict=False) if one != other)
+    differ = next(name for name in one if one[name] != other.get(name))
+    raise InputError(
+        f"{config.stage.pairs}: its teacher was not made as init={config.init} ({one['stage']} of {differ}={one[differ]}, here "
+        f"{other['stage']} of {differ}={other.get(differ)}); make pairs from this model, or start from that teacher"
+    )
 
 
 def _can_watch(config: Config) -> None:

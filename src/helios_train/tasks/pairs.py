@@ -59,11 +59,15 @@ class _Maker:
                 yield f"pair-{number:09d}", Trajectory(tuple(map(tuple, sections)), padded[None]), record
 
     def _draw(self, numbers: range, section: int) -> RolloutDraw:
-        """Each pair has noise of its own."""
+        """Each pair has noise of its own, or (stage.pair_noise=one) all have that of the first."""
+        assert isinstance(self.config.stage, OdeStage)
+        one = self.config.stage.pair_noise == "one"
         size = (side // SIDE for side in self.config.data.size)
         shape = (self.data.store.manifest.buckets[0].section_shape[0], 9, *size)
         draws = [
-            self.teacher.rollout.draw(self.config.seed, "pairs", (number, section), shape, section == 0, early=False)
+            self.teacher.rollout.draw(
+                self.config.seed, "pairs", (0 if one else number, section), shape, section == 0, early=False
+            )
             for number in numbers
         ]
         blocks = zip(*(draw.blocks for draw in draws), strict=True)
@@ -140,7 +144,7 @@ def _made(config: Config, maker: _Maker) -> dict[str, Any]:
     own = {name: value for name, value in asdict(config.pairs).items() if name not in ("output", "part")}
     weights = manifest.fingerprint(Path(config.init))
     made = {"teacher": weights, "lineage": lineage, "dataset": maker.data.store.manifest.manifest_sha, "seed": config.seed, **own}
-    return json.loads(json.dumps({**made, "student": student}))  # type: ignore[no-any-return]
+    return json.loads(json.dumps({**made, "student": student, "noise": config.stage.pair_noise}))  # type: ignore[no-any-return]
 
 
 def _encoders(data: WindowModule) -> dict[str, Any]:

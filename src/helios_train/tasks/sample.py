@@ -199,8 +199,10 @@ class VideoSampler:
         name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', caption.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
         judging = len(script.captions) == 1 and parse_caption(caption) is not None
         tracks: list[ToyTrack] = []
+        guard = DriftGuard(self.seed) if self.drift else None
         with VideoFiles(folder, name, self.fps, sections) as files:
-            for done, latents in enumerate(self._sections(transformer, script, number, (sections, each, guidance)), start=1):
+            made = self._sections(transformer, script, number, (sections, each, guidance), guard)
+            for done, latents in enumerate(made, start=1):
                 frames = pixels(self.codec, latents)[0]
                 files.add(frames)
                 if judging:
@@ -211,12 +213,19 @@ class VideoSampler:
             facts: dict[str, Any] = {"seed": self.seed, "number": number, "steps": each, "guidance": guidance, "toy": judged}
             if len(script.captions) > 1:
                 facts |= {"script": script.captions, "crossfade": script.crossfade}
+            if guard:
+                facts["drifted"] = [section for section, off in enumerate(guard.drifted) if any(off)]
             if self.start:
                 facts |= {"start": str(self.start.path), "start_notes": self.start.notes}
             return files.finish(_caption(prompt), facts), judged
 
     def _sections(
-        self, transformer: HeliosTransformer, script: Script, number: int, plan: tuple[int, tuple[int, ...], float]
+        self,
+        transformer: HeliosTransformer,
+        script: Script,
+        number: int,
+        plan: tuple[int, tuple[int, ...], float],
+        guard: DriftGuard | None = None,
     ) -> Iterator[Tensor]:
         """Latents of one section after the other; `plan` is (sections, steps, guidance)."""
         count, steps, guidance = plan
@@ -226,7 +235,6 @@ class VideoSampler:
         history = self.start.history(self.codec, generator) if self.start else nothing
         pipeline = build_pipeline(transformer, self.codec, self.settings)
         denoise = Sections(pipeline, steps, guidance, generator, self.settings.amplify)
-        guard = DriftGuard(self.seed) if self.drift else None
         return grown(denoise, script.texts(embeddings, count), history, guard)
 
 
