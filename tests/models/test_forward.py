@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helios_train import rng
 from helios_train.history import History
-from helios_train.models import block
+from helios_train.models import block, manifest
 from helios_train.models.transformer import HeliosTransformer
 
 Inputs = tuple[Tensor, Tensor, Tensor, History]
@@ -168,12 +168,43 @@ def test_gradients_of_features(tiny_transformer: Tiny, inputs: Inputs) -> None:
 
 @torch.no_grad()
 def test_the_offset_of_a_crop(tiny_transformer: Tiny, inputs: Inputs) -> None:
-    """Relative positions stay: with keys and queries moved alike nothing changes; the table itself does."""
+    """A crop's tokens are where they are in the frame; the history, which is not cropped, stays where it is."""
     _, ours = pair(tiny_transformer)
-    plain, moved = ours.velocity(*inputs), ours.velocity(*inputs, offset=(3, 5))
-    torch.testing.assert_close(moved, plain, rtol=1e-3, atol=1e-4)
+    x_t, *rest = inputs
+    height, width = x_t.shape[-2] // 2, x_t.shape[-1] // 2
+    whole, crop = ours.velocity(x_t, *rest), ours.velocity(x_t[..., -4:, -6:], *rest, offset=(height - 2, width - 3))
+    assert not torch.allclose(crop, whole[..., -4:, -6:])  # the target's other tokens are not there
     one, other = list(ours._tables.values())
-    assert one.shape == other.shape and not torch.equal(one, other)
+    split = len(other) - 9 * 2 * 3
+    assert torch.equal(one[:split], other[:split])
+    frame = one[split:].unflatten(0, (9, height, width))
+    assert torch.equal(other[split:].unflatten(0, (9, 2, 3)), frame[:, -2:, -3:])
+
+
+@torch.no_grad()
+def test_positions_of_a_small_target(tiny_transformer: Tiny, inputs: Inputs) -> None:
+    """Matched, a quarter-size target's tokens are where the long history's pooled ones are; whole and cropped ones never move."""
+    _, ours = pair(tiny_transformer)
+    _, t, text, history = inputs
+    batch, side = len(text), 16  # latent rows and columns: 8 tokens, pooled by 4 to 2
+    draw = rng.generator(0, "positions")
+    frames, anchor = (rng.normal(draw, (batch, 16, count, side, side)) for count in (19, 1))
+    history = History(frames, anchor, (19,) * batch, (True,) * batch)
+    whole, small = (rng.normal(draw, (batch, 16, 9, size, size)) for size in (side, side // 4))
+    own = [ours.velocity(part, t, text, history) for part in (whole, small)]
+    ours.position("matched")
+    matched = [ours.velocity(part, t, text, history) for part in (whole, small)]
+    assert torch.equal(own[0], matched[0]) and not torch.allclose(own[1], matched[1])
+    (table,) = [table for key, table in ours._tables.items() if key[1][-1] == (2, 2)]
+    long, target = table[: 4 * 4].unflatten(0, (4, 4)), table[-9 * 4 :].unflatten(0, (9, 4))
+    for half in (0, 12):  # cosines and sines; of the 12 channels of a head the first 4 turn with time
+        torch.testing.assert_close(long[0, :, half + 4 : half + 12], target[0, :, half + 4 : half + 12])
+    crop = whole[..., :4, :4]
+    ours.velocity(crop, t, text, history, offset=(0, 0))
+    assert [key[2] for key in ours._tables] == [None, None, (0, 0)]
+    assert manifest.shape_of(ours)["positions"] == "matched" and "positions" not in manifest.shape_of(pair(tiny_transformer)[1])
+    with pytest.raises(ValueError, match="own or matched"):
+        ours.position("theirs")
 
 
 @torch.no_grad()

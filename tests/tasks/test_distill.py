@@ -37,6 +37,7 @@ MID = (
     *SIZE,
     "stage=mid",
     "stage.pyramid.ratios=[1,1]",
+    "stage.pyramid.positions=matched",
     "stage.lora.rank=2",
     "stage.lora.alpha=2",
     "stage.lora.history_patches=true",
@@ -205,6 +206,11 @@ def test_on_a_shared_base_the_student_is_its_lineage(tmp_path: Path, tiny_run: R
         torch.testing.assert_close(
             stage.roles.velocity(role)(*given, history), plain[name].velocity(*given, history), rtol=1e-4, atol=1e-5
         )
+    small = (given[0][..., :4, :4], *given[1:])
+    own, shared = plain["ode"].velocity(*small, history), stage.roles.velocity(STUDENT)(*small, history)
+    torch.testing.assert_close(shared, own, rtol=1e-4, atol=1e-5)
+    plain["ode"].position("own")
+    assert not torch.allclose(own, plain["ode"].velocity(*small, history)), "the mid model's positions are the student's"
     with pytest.raises(AssertionError):
         torch.testing.assert_close(plain["ode"].velocity(*given, history), plain["base"].velocity(*given, history))
     run = tmp_path / "run"

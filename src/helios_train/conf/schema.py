@@ -166,6 +166,7 @@ class Pyramid:
     shift_cap: Above0 | None
     timesteps: Literal["float", "int"]
     sigmas: Literal["table", "exact"]
+    positions: Literal["own", "matched"]
 
 
 @dataclass(frozen=True)

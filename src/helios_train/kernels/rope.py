@@ -32,15 +32,15 @@ def rope_table(
     width: int,
     rope_dim: Sequence[int],
     theta: float,
-    pool: int = 1,
+    pool: int | tuple[int, int, int] = 1,
     offset: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """Cosines and sines of every token of a [T, height, width] grid: fp32 [L, 2K], K cosines, then K sines, each pair twice.
 
     `indices_T` are the frames' positions in time; rows and columns count from `offset`. With `pool` > 1 the table is that of the
     full grid, padded by its last entries to whole blocks and averaged over blocks of pool^3 (the mid and long history
-    patches: 2 and 4); then L = ceil(T / pool) * ceil(height / pool) * ceil(width / pool). An axis' entries vary along that
-    axis only, so averaging along it gives the block's mean.
+    patches: 2 and 4), or of three sides of their own; one number gives L = ceil(T / pool) * ceil(height / pool) *
+    ceil(width / pool). An axis' entries vary along that axis only, so averaging along it gives the block's mean.
     """
     device = indices_T.device
     sides = (
@@ -48,11 +48,12 @@ def rope_table(
         for first, side in zip(offset, (height, width), strict=True)
     )
     positions = (indices_T.float(), *sides)
+    sizes = (pool,) * 3 if isinstance(pool, int) else pool
     cosines, sines = [], []
-    for position, frequency in zip(positions, rope_frequencies(rope_dim, theta, device), strict=True):
+    for position, frequency, size in zip(positions, rope_frequencies(rope_dim, theta, device), sizes, strict=True):
         angle = torch.outer(position, frequency).repeat_interleave(2, dim=-1)
-        cosines.append(_pooled(angle.cos(), pool))
-        sines.append(_pooled(angle.sin(), pool))
+        cosines.append(_pooled(angle.cos(), size))
+        sines.append(_pooled(angle.sin(), size))
     frames, rows, columns = (len(axis) for axis in cosines)
     grid = [
         axis.view(*shape, -1).expand(frames, rows, columns, -1)

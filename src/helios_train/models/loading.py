@@ -22,7 +22,7 @@ from helios_train.models.transformer import HISTORY_PATCHES, HeliosTransformer
 WEIGHTS = "diffusion_pytorch_model"
 # Where Wan and older Helios files keep what now has another name.
 RENAMED = {"scale_shift_table": "norm_out.scale_shift_table"}
-CONFIG_KEYS = inspect.signature(HeliosTransformer3DModel.__init__).parameters.keys() - {"self"}
+CONFIG_KEYS = inspect.signature(HeliosTransformer3DModel.__init__).parameters.keys() - {"self"} | {"positions"}
 
 
 def random_transformer(shape: Mapping[str, Any], dtype: torch.dtype, seed: int) -> HeliosTransformer:

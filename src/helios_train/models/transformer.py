@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from diffusers import HeliosTransformer3DModel
@@ -30,6 +30,8 @@ from helios_train.models.block import Block
 HISTORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}  # name -> how often it repeats the target's patch a side
 TABLES = 32  # rotary tables kept, one a shape: 11 MB each at full resolution
 Indices = Tensor | Sequence[int]
+Offset = tuple[int, int] | None
+Positions = Literal["own", "matched"]
 
 
 class Part(NamedTuple):
@@ -44,11 +46,14 @@ class HeliosTransformer(HeliosTransformer3DModel):
     """diffusers' HeliosTransformer3DModel with the calls that objectives, samplers and discriminators share.
 
     `kernels`: which implementation the row-wise ops run, see `kernels.dispatch`. `compile_repeated_blocks` compiles its blocks.
+    `positions`: where the tokens of a target that is smaller than its history are, in rows and columns: counted from 0 on its
+    `own` grid, as diffusers' forward has them, or `matched`: the means of the full-size tokens they stand for, as a pooled
+    history's tokens have them. Part of the model's config, where it is not `own`: diffusers' class does not know it.
     """
 
     _repeated_blocks = ("Block",)
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, positions: Positions = "own", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.kernels = "auto"
         self._checkpoint: Callable[..., Tensor] = checkpoint
@@ -58,19 +63,33 @@ class HeliosTransformer(HeliosTransformer3DModel):
             block.__class__ = Block  # the same parameters, another forward
             for attention in (block.attn1, block.attn2):
                 attention.set_processor(Attention())
+        self.position(positions)
 
-    def velocity(self, x_t: Tensor, t: Tensor, text: Tensor, history: History, offset: tuple[int, int] = (0, 0)) -> Tensor:
+    @property
+    def positions(self) -> Positions:
+        """Where the tokens of a small target are: `own` or `matched`."""
+        return self.config.get("positions", "own")  # type: ignore[no-any-return]
+
+    def position(self, positions: Positions) -> None:
+        """Says where they are from now on; ValueError for anything but `own` and `matched`."""
+        if positions not in ("own", "matched"):
+            raise ValueError(f"positions {positions!r}: own or matched")
+        if positions != self.positions:
+            self.register_to_config(positions=positions)
+            self._tables.clear()
+
+    def velocity(self, x_t: Tensor, t: Tensor, text: Tensor, history: History, offset: Offset = None) -> Tensor:
         """The velocity at `x_t` [B, C, 9, H, W] and times `t` [B] in [0, 1000], given text [B, rows, dim] and history.
 
-        Shaped like x_t. History enters at time 0. `offset`: row and column, in tokens, at which a crop begins. Computed in the
-        model's dtype, returned in fp32.
+        Shaped like x_t. History enters at time 0. `offset`: row and column, in tokens, at which `x_t`, a crop, begins; without
+        one it is the whole frame. Computed in the model's dtype, returned in fp32.
         """
         output, _ = self._run(self._parts(x_t, history), t, text.to(self.proj_out.weight.dtype), offset)
         assert output is not None
         return output.float()
 
     def features(
-        self, x_t: Tensor, t: Tensor, text: Tensor, history: History, blocks: Sequence[int], offset: tuple[int, int] = (0, 0)
+        self, x_t: Tensor, t: Tensor, text: Tensor, history: History, blocks: Sequence[int], offset: Offset = None
     ) -> list[Tensor]:
         """The target's tokens [B, L, D] after each of `blocks` (rising), on the way of `velocity`; later blocks do not run."""
         dtype = self.proj_out.weight.dtype
@@ -120,7 +139,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         parts: Sequence[Part],
         timestep: Tensor,
         text: Tensor,
-        offset: tuple[int, int] = (0, 0),
+        offset: Offset = None,
         wanted: tuple[int, ...] = (),
     ) -> tuple[Tensor | None, list[Tensor]]:
         """(output [B, C, T, H, W], no features), or (None, the target's tokens after the `wanted` blocks)."""
@@ -153,7 +172,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         latents = pad_for_3d_conv(part.latents, kernel) if padded else part.latents
         return patch(latents).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
-    def _table(self, parts: Sequence[Part], offset: tuple[int, int], x_BLD: Tensor) -> Tensor:
+    def _table(self, parts: Sequence[Part], offset: Offset, x_BLD: Tensor) -> Tensor:
         """Cosines and sines of all tokens, fp32 [L, 2K], computed once a shape; a plan's tensors have tables of their own."""
         _, height, width = self.config.patch_size
         grids = [(part.latents.shape[-2] // height, part.latents.shape[-1] // width) for part in parts]
@@ -164,8 +183,12 @@ class HeliosTransformer(HeliosTransformer3DModel):
         tables = []
         for part, (rows, columns) in zip(parts, grids, strict=True):
             indices = torch.tensor(part.indices, device=x_BLD.device)
-            pool = HISTORY_PATCHES.get(part.patch, 1)
-            tables.append(rope_table(indices, rows, columns, self.config.rope_dim, self.config.rope_theta, pool, offset))
+            pool: Any = HISTORY_PATCHES.get(part.patch, 1)
+            if part is parts[-1] and self.positions == "matched" and offset is None:
+                scale = grids[0][0] // rows  # a whole frame of fewer tokens than the history's
+                rows, columns, pool = rows * scale, columns * scale, (1, scale, scale)
+            where = offset if offset and part is parts[-1] else (0, 0)
+            tables.append(rope_table(indices, rows, columns, self.config.rope_dim, self.config.rope_theta, pool, where))
         if len(self._tables) >= TABLES:
             self._tables.clear()
         self._tables[key] = torch.cat(tables)

@@ -313,7 +313,17 @@ def trains_fully(config: Config) -> bool:
 
 
 def adapt(config: Config, transformer: HeliosTransformer) -> None:
-    """Makes what the stage trains trainable."""
+    """Makes what the stage trains trainable, and says where a coarse level's tokens are.
+
+    InputError where the model has learned otherwise.
+    """
+    if isinstance(config.stage, MidStageKeys):
+        learned, wanted = transformer.positions, config.stage.pyramid.positions
+        if learned not in ("own", wanted):
+            raise InputError(
+                f"init={config.init}: has learned {learned} positions; set stage.pyramid.positions={learned}, not {wanted}"
+            )
+        transformer.position(wanted)
     if trains_fully(config):
         adapters.train_everything(transformer)
     else:
@@ -376,6 +386,10 @@ def distill_stage(config: Config) -> DistillStage:
     scores = teacher(config)
     if config.stage.bases == "shared":
         student, lineage = scores, shared_lineage(config, scores)
+        assert config.init is not None
+        student.position(
+            read_shape(Path(config.init)).get("positions", "own")
+        )  # the teacher has one level, to it they are the same
     else:
         begun = start(config)
         _same_levels(config, begun)
