@@ -149,6 +149,19 @@ def test_published_phases_of_the_mid_stage() -> None:
     assert (init.experiment.name, refine.experiment.name) == ("mid_init", "mid_refine")
 
 
+def test_published_phases_of_the_few_step_stages() -> None:
+    regression, matching = compose(["experiment=ode_init"]), compose(["experiment=distill_init"])
+    for config, steps in ((regression, 2500), (matching, 2000)):
+        optimizer = config.optimizer
+        assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (2e-6, (0.0, 0.999), 1e-3, 1.0)
+        assert (optimizer.schedule, optimizer.warmup, config.trainer.max_steps) == ("constant", 0, steps)
+        assert (config.stage.trainable, config.stage.lora.rank, config.stage.student.steps) == ("lora", 256, (2, 2, 2))
+        assert config.memory.checkpointing and config.data.size == (384, 640)
+    assert (regression.stage.sections, regression.stage.weight, regression.stage.ema.start) == (3, 80.0, 250)
+    assert (matching.stage.every, matching.stage.guidance, matching.stage.critic.lr) == (5, 3.0, 4e-7)
+    assert compose(["experiment=ode_init", "task=pairs"]).pairs.count == 1000
+
+
 def test_toy_base() -> None:
     config = compose(["experiment=toy_base"])
     stage, data = config.stage, config.data
