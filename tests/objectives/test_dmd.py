@@ -29,6 +29,7 @@ from helios_train.objectives.dmd import (
     pulled,
 )
 from helios_train.objectives.flow import Velocity
+from helios_train.objectives.gan import Adversary, cosine
 from helios_train.objectives.regularise import MeanVariance
 from helios_train.objectives.renoise import Renoise, RenoiseDraw
 
@@ -117,8 +118,10 @@ def test_the_students_gradient_is_what_the_scores_say_of_its_section() -> None:
     torch.testing.assert_close(added.grad, -sigma * gradient / x.numel(), rtol=1e-5, atol=1e-12)
     assert loss.total.item() == pytest.approx(0.5 * gradient.square().mean().item(), rel=1e-5)
     spread = (x - x.mean(dim=1, keepdim=True)).square().mean().sqrt().item()
-    assert loss.sums.tolist() == [pytest.approx([loss.total.item(), spread, loss.total.item()]), [1, 1, 1]]
-    assert STUDENT.log_names() == ["loss/dmd", "saturation", "loss"]
+    assert loss.sums.tolist() == [pytest.approx([loss.total.item(), spread, 0, loss.total.item()]), [1, 1, 0, 1]]
+    assert STUDENT.log_names() == ["loss/dmd", "saturation", "saturation_real", "loss"]
+    real = STUDENT(replace(made, student=student), replace(TOLD, real=2 * x), draw).sums  # the same noise, so the same section
+    assert real[:, 2].tolist() == pytest.approx([2 * spread, 1])
 
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
@@ -199,21 +202,44 @@ def test_alignment_acts_where_a_level_was_left_late() -> None:
     aligned = replace(STUDENT, align=0.25)
     plain, (values, _), _ = gradient_of(STUDENT, drawn())
     found, (both, counts), names = gradient_of(aligned, drawn())
-    assert names == ["loss/dmd", "loss/align", "saturation", "loss"] and counts == [1, 1, 1, 1]
+    assert names == ["loss/dmd", "loss/align", "saturation", "saturation_real", "loss"] and counts == [1, 1, 1, 0, 1]
     assert found != pytest.approx(plain, rel=1e-3) and both[0] == pytest.approx(values[0])
-    assert both[1] > 0 and both[3] == pytest.approx(both[0] + 0.25 * both[1])
+    assert both[1] > 0 and both[4] == pytest.approx(both[0] + 0.25 * both[1])
     early = drawn(exits=(0, 0, 0))
     assert gradient_of(aligned, early)[0] == gradient_of(STUDENT, early)[0]
-    assert gradient_of(aligned, early)[1][1] == [1, 0, 1, 1]  # not counted
+    assert gradient_of(aligned, early)[1][1] == [1, 0, 1, 0, 1]  # not counted
 
 
 def test_the_mean_variance_regulariser_acts() -> None:
     regular = replace(STUDENT, mean_variance=MeanVariance(weight=2.0))
     plain, (values, _), _ = gradient_of(STUDENT, drawn())
     found, (both, _), names = gradient_of(regular, drawn())
-    assert names == ["loss/dmd", "loss/mean_variance", "saturation", "loss"]
+    assert names == ["loss/dmd", "loss/mean_variance", "saturation", "saturation_real", "loss"]
     assert found != pytest.approx(plain, rel=1e-3) and both[0] == pytest.approx(values[0])
-    assert both[1] > 0 and both[3] == pytest.approx(both[0] + 2 * both[1])
+    assert both[1] > 0 and both[4] == pytest.approx(both[0] + 2 * both[1])
+
+
+def test_the_adversary_acts_from_its_start_on() -> None:
+    """Heads that want the section smaller: their gradient joins that of matching, weighted; before the start all is as
+    without."""
+    objective = replace(STUDENT, adversary=Adversary(start=3, student=0.05))  # draws are of iteration 3
+    made = replace(cast(), logits=lambda x, t, text, history, offset: x.mean(dim=(1, 2, 3, 4))[:, None])
+    draw = drawn(objective)
+    assert draw.judged is not None and replace(objective, adversary=Adversary(start=4)).draw(0, 3, 4, SHAPE, False).judged is None
+    loss = objective(made, TOLD, draw)
+    loss.total.backward()
+    assert isinstance(made.student, Network) and made.student.weight.grad is not None
+    plain, (values, _), _ = gradient_of(STUDENT, drawn())
+    both, names = loss.sums[0].tolist(), objective.log_names()
+    assert names == ["loss/dmd", "loss/gan", "gan/cosine", "saturation", "saturation_real", "loss"]
+    assert both[0] == pytest.approx(values[0]) and both[5] == pytest.approx(both[0] + 0.05 * both[1]) and -1 <= both[2] <= 1
+    assert made.student.weight.grad.item() != pytest.approx(plain, rel=1e-3)
+    x = ROLLOUT(Network(0.5).bound(TEXT), draw.rollouts[0], empty=False).output.detach().requires_grad_()
+    seen = replace(draw.renoise, noise=draw.judged.noise).noised(x)
+    direct = torch.nn.functional.softplus(draw.judged.crop.of(seen).mean(dim=(1, 2, 3, 4))).mean()
+    assert both[1] == pytest.approx(direct.item(), rel=1e-5)
+    direct.backward()
+    assert both[2] == pytest.approx(cosine(matching(scores(), x, draw.renoise, 3.0), x.grad).item(), rel=1e-4)
 
 
 def test_decoupled_matching_and_guidance_are_two_pulls() -> None:
@@ -221,7 +247,8 @@ def test_decoupled_matching_and_guidance_are_two_pulls() -> None:
     draw = drawn(objective)
     assert draw.guidance is not None and not torch.equal(draw.guidance.noise, draw.renoise.noise)
     found, (values, _), names = gradient_of(objective, draw)
-    assert names == ["loss/dmd", "loss/guidance", "saturation", "loss"] and values[3] == pytest.approx(values[0] + values[1])
+    assert names == ["loss/dmd", "loss/guidance", "saturation", "saturation_real", "loss"]
+    assert values[4] == pytest.approx(values[0] + values[1])
     x = ROLLOUT(Network(0.5).bound(TEXT), draw.rollouts[0], empty=False).output.detach()
     pulls = matching(scores(), x, draw.renoise, 0.0), augmentation(scores(), x, draw.guidance, 3.0)
     assert values[:2] == pytest.approx([0.5 * pull.square().mean().item() for pull in pulls], rel=1e-5)

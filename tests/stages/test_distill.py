@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from helios_train.conf.compose import compose
 from helios_train.conf.schema import Config
 from helios_train.data.batch import Window, WindowPair
 from helios_train.data.order import Ref
+from helios_train.errors import InputError
 from helios_train.history import FRAMES, SECTION, History, mix
 from helios_train.models.loading import random_transformer
 from helios_train.models.roles import CRITIC, STUDENT, TEACHER
@@ -229,3 +231,78 @@ def test_the_mix_reaches_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def draw_of(stage: DistillStage, told: Any) -> Any:
     return stage.recipe.critic.draw(*stage.where(window(0, 0)), told.history.empty[0], 1)
+
+
+GAN = ("stage.gan.start=2", "stage.gan.head_width=32")
+
+
+def heads_of(stage: DistillStage) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in stage.state_dict().items() if name.startswith("heads.")}
+
+
+def moments(stage: DistillStage) -> set[str]:
+    """Names of the critic's weights that its optimizer has stepped."""
+    optimizer, masters = stage._alone[1], stage.trainees[1].masters.masters
+    return {name for name, master in masters.items() if optimizer.state.get(master)}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_adversary_begins_at_its_start(shared: bool) -> None:
+    """Heads learn, and the student hears of them, from then on; until then not even a moment of theirs is there."""
+    stage = built(config(*GAN, "memory.checkpointing=true"), shared)
+    flags = {name: weight.requires_grad for name, weight in stage.named_parameters()}
+    for iteration in range(4):
+        heads = heads_of(stage)
+        stage.training_step(batch(iteration), iteration)
+        started = iteration >= 2
+        assert same(heads, heads_of(stage)) is not started, iteration
+        assert {name for name in moments(stage) if name.startswith("heads.")} == (set(heads) if started else set())
+        figures = [float(stage.last[f"critic/gan/{name}"]) for name in ("margin", "r1", "loss")]
+        assert all(math.isfinite(figure) is started for figure in figures)
+        assert math.isfinite(float(stage.last["student/loss/gan"])) is started  # its turns are in even iterations
+    assert -1 <= float(stage.last["student/gan/cosine"]) <= 1 and stage.skipped == 0
+    assert float(stage.last["critic/loss"]) == pytest.approx(
+        float(stage.last["critic/loss/critic"]) + float(stage.last["critic/gan/loss"]), rel=1e-5
+    )
+    assert {name: weight.requires_grad for name, weight in stage.named_parameters()} == flags
+
+
+def test_before_its_start_an_adversary_changes_nothing() -> None:
+    states = []
+    for words in (("stage.gan.enabled=false",), ("stage.gan.start=100", "stage.gan.head_width=32")):
+        stage = built(config(*words))
+        for iteration in range(2):
+            stage.training_step(batch(iteration), iteration)
+        states.append({name: value for name, value in stage.state_dict().items() if not name.startswith("heads.")})
+    assert states[0].keys() == states[1].keys() and same(states[0], states[1])
+
+
+def test_the_published_critic_takes_two_steps_and_another_windows_target() -> None:
+    """recipe=released with the adversary: moments are stepped twice an iteration, the heads' from the first one on."""
+    words = ("recipe=released", "stage.negative_text=null", "stage.gan.enabled=true", *GAN, "stage.student.shift_tokens=before")
+    stage, seen = built(config(*words)), []
+    assert not (stage.recipe.own_real or stage.recipe.one_step or stage.recipe.heads_wait)
+    judging = stage.recipe.critic.judging
+    critic = SimpleNamespace(**{name: getattr(stage.recipe.critic, name) for name in ("draw", "made", "denoising", "adversary")})
+    critic.judging = lambda logits, told, section, draw: (seen.append(told.real), judging(logits, told, section, draw))[1]
+    stage.recipe = replace(stage.recipe, critic=critic)
+    for iteration in range(3):
+        stage.training_step(batch(iteration), iteration)
+        assert stage.iteration == iteration + 1
+    optimizer, masters = stage._alone[1], stage.trainees[1].masters.masters
+    assert {int(optimizer.state[master]["step"]) for master in masters.values()} == {4}  # 1, 1, and 2 after the start
+    assert torch.equal(seen[-1], window(1, 2).target) and not torch.equal(seen[-1], window(1, 2, seed=1).target)
+    assert math.isfinite(float(stage.last["critic/loss/critic"])) and math.isfinite(float(stage.last["critic/gan/loss"]))
+
+
+def test_the_real_section_is_that_of_the_history_shown() -> None:
+    stage = built(config(*GAN))
+    told, _ = stage.told(window(1, 2, seed=1), CRITIC)
+    assert torch.equal(told.real, window(1, 2, seed=1).target)
+
+
+def test_blocks_that_the_model_lacks() -> None:
+    assert built(config()).heads.blocks == (0, 1)  # of 2 blocks; of 40 the published 5, 15, 25, 35
+    for blocks in ("[0,2]", "[1,0]", "[]"):
+        with pytest.raises(InputError, match="blocks 0 to 1"):
+            built(config(f"stage.gan.blocks={blocks}"))

@@ -279,6 +279,29 @@ class Decouple:
 
 
 @dataclass(frozen=True)
+class Gan:
+    """The adversary: heads on the critic that tell real sections from the student's."""
+
+    enabled: bool
+    start: Count
+    ramp: Count
+    heads: Literal["published", "light"]
+    head_width: Positive | None
+    blocks: tuple[Count, ...] | None
+    student_weight: AtLeast0
+    critic_weight: Above0
+    r1: AtLeast0
+    r1_sigma: Above0
+    r2: AtLeast0
+    r2_sigma: Above0
+    real: Literal["own", "other"]
+    crops: Literal["shared", "each"]
+    offsets: bool
+    critic_steps: Literal["one", "two"]
+    heads_from: Literal["start", "begin"]
+
+
+@dataclass(frozen=True)
 class DistillStage(HistoryStage):
     """Keys of stage=distill."""
 
@@ -295,6 +318,7 @@ class DistillStage(HistoryStage):
     align: AtLeast0
     mean_variance: AtLeast0
     decouple: Decouple
+    gan: Gan
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ the optimizer steps in fp32. In an fp32 model a weight is its own master.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from diffusers import HeliosTransformer3DModel
@@ -60,6 +60,11 @@ class Masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         return [master.grad for master in self if master.grad is not None]
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """No gradient for these: the step leaves them, and what the optimizer remembers of them, as they are."""
+        for name in names:
+            self.masters[name].grad = None
 
     @torch.no_grad()
     def publish(self) -> None:

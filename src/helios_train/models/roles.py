@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from helios_train.history import History
 from helios_train.models.adapters import NOTHING, Part
-from helios_train.models.transformer import HeliosTransformer
+from helios_train.models.heads import Heads
+from helios_train.models.transformer import HeliosTransformer, Offset
 
 STUDENT, TEACHER, CRITIC = "student", "teacher", "critic"
 
@@ -110,6 +111,17 @@ class Roles:
                 return transformer.velocity(x_t, t, text, history)
 
         return _velocity
+
+    def logits(self, role: str, heads: Heads) -> Callable[[Tensor, Tensor, Tensor, History, Offset], Tensor]:
+        """`logits(x_t, t, text, history, offset) -> [B, N]` of heads on what a role's network computes of a crop."""
+        backbone, part = self.backbone(role), self.part(role)
+
+        def _logits(x_t: Tensor, t: Tensor, text: Tensor, history: History, offset: Offset = None) -> Tensor:
+            with backbone.run(part) as transformer:
+                velocity, tokens = transformer.observe(x_t, t, text, history, heads.blocks, offset)
+            return heads(velocity, tokens)  # type: ignore[no-any-return]
+
+        return _logits
 
     def trainable(self, role: str) -> dict[str, nn.Parameter]:
         """The weights that train in a role, by name: those of its own adapter."""

@@ -93,7 +93,16 @@ class HeliosTransformer(HeliosTransformer3DModel):
     ) -> list[Tensor]:
         """The target's tokens [B, L, D] after each of `blocks` (rising), on the way of `velocity`; later blocks do not run."""
         dtype = self.proj_out.weight.dtype
-        return self._run(self._parts(x_t, history), t, text.to(dtype), offset, tuple(blocks))[1]
+        return self._run(self._parts(x_t, history), t, text.to(dtype), offset, tuple(blocks), to_the_end=False)[1]
+
+    def observe(
+        self, x_t: Tensor, t: Tensor, text: Tensor, history: History, blocks: Sequence[int], offset: Offset = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`velocity` and `features` of one pass."""
+        dtype = self.proj_out.weight.dtype
+        output, features = self._run(self._parts(x_t, history), t, text.to(dtype), offset, tuple(blocks))
+        assert output is not None
+        return output.float(), features
 
     def _parts(self, x_t: Tensor, history: History) -> list[Part]:
         dtype = self.proj_out.weight.dtype
@@ -141,21 +150,22 @@ class HeliosTransformer(HeliosTransformer3DModel):
         text: Tensor,
         offset: Offset = None,
         wanted: tuple[int, ...] = (),
+        to_the_end: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """(output [B, C, T, H, W], no features), or (None, the target's tokens after the `wanted` blocks)."""
+        """Output [B, C, T, H, W], None unless `to_the_end`, and the target's tokens after the `wanted` blocks."""
         embedded = [self._embedded(part) for part in parts]
         split = sum(tokens.shape[1] for tokens in embedded[:-1])
         x_BLD = torch.cat(embedded, dim=1)
         table = self._table(parts, offset, x_BLD)
         time_BD, modulation_BR6D, text_BLD = self._conditions(timestep, text, split)
         features: list[Tensor] = []
-        blocks = self.blocks[: wanted[-1] + 1 if wanted else None]
+        blocks = self.blocks if to_the_end else self.blocks[: wanted[-1] + 1]
         for number, block in enumerate(blocks):
             run = block if self._kept(number, len(blocks)) else partial(self._checkpoint, block)
             x_BLD = run(x_BLD, text_BLD, modulation_BR6D, table, split, self.kernels)
             if number in wanted:
                 features.append(x_BLD[:, split:])
-        if wanted:
+        if not to_the_end:
             return None, features
         return self._unpatched(self._normed_out(x_BLD[:, split:], time_BD), parts[-1].latents.shape), features
 

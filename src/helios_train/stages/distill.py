@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from helios_train import rng
 from helios_train.data.batch import Window, WindowPair
 from helios_train.history import History, corrupt, mix
+from helios_train.models.heads import Heads
 from helios_train.models.roles import CRITIC, STUDENT, TEACHER, Roles
 from helios_train.objectives.dmd import Cast, CriticObjective, StudentObjective, Told
+from helios_train.objectives.gan import Adversary
 from helios_train.stages.stage import Stage
 from helios_train.stages.trainee import Trainee, Training
 
@@ -78,7 +80,10 @@ class DistillRecipe:
     """What is trained, what is done to the history, and the seed of it all.
 
     every: the student has its turn in one of so many iterations. given: rollouts go on from the clip's own history; else from
-    nothing, over `sections` of their own. negative: the text [rows, dim] that guidance leads away from; None: zeros.
+    nothing, over `sections` of their own. negative: the text [rows, dim] that guidance leads away from; None: zeros. With an
+    adversary: own_real: the heads see the real section that belongs to the history shown; else, as published, that of the pair's
+    other window. one_step: the critic is stepped once for both its losses; else, as published, once for each. heads_wait: the
+    heads are not stepped before the adversary's start; else, as published, with zero gradients.
     """
 
     student: StudentObjective
@@ -90,21 +95,35 @@ class DistillRecipe:
     sections: SectionCount = SectionCount()
     given: bool = True
     negative: Tensor | None = None
+    own_real: bool = True
+    one_step: bool = True
+    heads_wait: bool = True
+
+    @property
+    def adversary(self) -> Adversary | None:
+        """The one of both objectives."""
+        return self.critic.adversary
 
 
 class DistillStage(Stage):
     """Trains the adapters of student and critic; the teacher and all bases stay as they are."""
 
-    def __init__(self, recipe: DistillRecipe, roles: Roles, student: Training, critic: Training):
+    def __init__(self, recipe: DistillRecipe, roles: Roles, student: Training, critic: Training, heads: Heads | None = None):
+        if (heads is None) != (recipe.adversary is None):
+            raise ValueError("an adversary has heads, and nobody else")
+        own_heads = {f"heads.{CRITIC}.{name}": weight for name, weight in heads.named_parameters()} if heads else {}
         trainees = [
             Trainee(roles.trainable(STUDENT), student, recipe.student.log_names(), STUDENT),
-            Trainee(roles.trainable(CRITIC), critic, recipe.critic.log_names(), CRITIC),
+            Trainee(roles.trainable(CRITIC) | own_heads, critic, recipe.critic.log_names(), CRITIC),
         ]
         super().__init__(roles.student.transformer, trainees)
         self.recipe, self.roles = recipe, roles
         self.scores = roles.scores.transformer  # registered, so that they move with the stage
         self.lineage_layers = nn.ModuleList(roles.lineage.layers.values())
-        self.cast = Cast(*(roles.velocity(role) for role in (STUDENT, TEACHER, CRITIC)))
+        self.heads, self._of_heads = heads, tuple(own_heads)
+        logits = roles.logits(CRITIC, heads) if heads else None
+        student_v, teacher_v, critic_v = (roles.velocity(role) for role in (STUDENT, TEACHER, CRITIC))
+        self.cast = Cast(student_v, teacher_v, critic_v, logits)
         self._student_turn = False
 
     @property
@@ -121,7 +140,8 @@ class DistillStage(Stage):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes that back."""
         super().on_load_checkpoint(checkpoint)
-        self.last |= checkpoint["counters"]["last"]
+        unseen = {f"{STUDENT}/{name}": math.nan for name in self.trainees[TRAINED].names}
+        self.last |= unseen | checkpoint["counters"]["last"]
 
     def training_step(self, micro_batches: list[WindowPair], batch_idx: int) -> None:
         """One iteration over this device's pairs of windows of a global batch."""
@@ -129,8 +149,9 @@ class DistillStage(Stage):
         if self._student_turn:
             self.train_student([sample for pair in micro_batches for sample in pair.first.samples()])
             self.update(TRAINED)
-        self.train_critic([sample for pair in micro_batches for sample in pair.second.samples()])
-        self.update(FOLLOWING)
+        self.train_critic(
+            [two for pair in micro_batches for two in zip(pair.second.samples(), pair.first.samples(), strict=True)]
+        )
 
     def train_student(self, samples: Sequence[Window]) -> None:
         """Adds the student's gradients of all samples, one after the other: one sample's graphs are alive at a time."""
@@ -141,14 +162,26 @@ class DistillStage(Stage):
             loss = objective(self.cast, told, draw)
             self.backward_part(loss.total, loss.sums, len(samples), TRAINED)
 
-    def train_critic(self, samples: Sequence[Window]) -> None:
-        """Adds the critic's gradients of all samples."""
-        objective = self.recipe.critic
-        for sample in samples:
+    def train_critic(self, samples: Sequence[tuple[Window, Window]]) -> None:
+        """The critic's gradients of all samples, each with its pair's other window, and its step, or one for each of its
+        losses."""
+        objective, recipe, kept = self.recipe.critic, self.recipe, []
+        for sample, other in samples:
             told, sections = self.told(sample, CRITIC)
+            told = told if recipe.own_real else replace(told, real=other.target)
             draw = objective.draw(*self.where(sample), told.history.empty[0], sections)
-            loss = objective(self.cast.student, self.cast.critic, told, draw)
+            section = objective.made(self.cast.student, told, draw)
+            loss = objective.denoising(self.cast.critic, told, section, draw)
             self.backward_part(loss.total, loss.sums, len(samples), FOLLOWING)
+            kept.append((told, section, draw))
+        started = recipe.adversary is not None and self.iteration >= recipe.adversary.start
+        if started and not recipe.one_step:
+            self.update(FOLLOWING, more=True)
+        if self.cast.logits is not None:
+            for told, section, draw in kept:
+                for loss in objective.judging(self.cast.logits, told, section, draw):
+                    self.backward_part(loss.total, loss.sums, len(samples), FOLLOWING)
+        self.update(FOLLOWING, asleep=() if started or not recipe.heads_wait else self._of_heads)
 
     def where(self, sample: Window) -> tuple[int, int, int, torch.Size]:
         """Seed, iteration, position and shape (C, 9, H, W): what a sample's draws are functions of."""

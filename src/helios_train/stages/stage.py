@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import lightning as L
@@ -73,10 +73,11 @@ class Stage(L.LightningModule):
         """Adds one part of `parts` to a trainee's gradients, and its detached `sums` to what is logged."""
         self.trainees[trainee].add(loss, sums, parts)
 
-    def update(self, trainee: int = 0) -> None:
-        """One optimizer step of a trainee."""
-        last = trainee == len(self.trainees) - 1
-        self.last |= self.trainees[trainee].step(self._optimizer(trainee, wrapped=last), self.iteration)
+    def update(self, trainee: int = 0, asleep: Iterable[str] = (), more: bool = False) -> None:
+        """One optimizer step of a trainee, but for the weights that are `asleep`; the iteration ends with the last trainee's,
+        unless it has `more` to come."""
+        last = trainee == len(self.trainees) - 1 and not more
+        self.last |= self.trainees[trainee].step(self._optimizer(trainee, wrapped=last), self.iteration, asleep, more)
         self._steps_alone += last
 
     def _optimizer(self, trainee: int, wrapped: bool) -> Optimizer | LightningOptimizer:

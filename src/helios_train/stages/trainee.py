@@ -73,14 +73,17 @@ class Trainee:
         (loss / parts).backward()  # type: ignore[no-untyped-call]
         self._sums = sums if self._sums is None else self._sums + sums
 
-    def step(self, optimizer: Optimizer | LightningOptimizer, iteration: int) -> dict[str, Any]:
+    def step(
+        self, optimizer: Optimizer | LightningOptimizer, iteration: int, asleep: Iterable[str] = (), more: bool = False
+    ) -> dict[str, Any]:
         """One optimizer step over all devices' gradients; what is not finite leaves weights and moments as they are.
 
+        asleep: weights that are not stepped. more: of what was summed up to now another step is to follow in this iteration.
         Returns what is to be logged.
         """
         gradients = self.masters.fill()
         assert self._sums is not None
-        sums, self._sums = self._sums, None
+        sums, self._sums = self._sums, self._sums.clone() if more else None
         _average_over_devices(gradients, sums)
         norm = nn.utils.clip_grad_norm_(list(self.masters), self.how.clip)
         finite = bool(read(torch.isfinite(norm) & torch.isfinite(sums[0, -1]), planned=True))
@@ -88,6 +91,7 @@ class Trainee:
             self.masters.clear()  # the step below then changes nothing, and still counts
             self.skipped += 1
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.masters.leave_out(asleep)
         rate = self.how.rate(iteration)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -25,14 +25,16 @@ from helios_train.memory.places import HOST, Places
 from helios_train.models import adapters, checkpoint, manifest
 from helios_train.models.adapters import NOTHING, Part
 from helios_train.models.attention import check_attention
-from helios_train.models.codecs import Codec, dct_codec, wan_codec
+from helios_train.models.codecs import SIDE, Codec, dct_codec, wan_codec
 from helios_train.models.ema import Ema
+from helios_train.models.heads import Heads
 from helios_train.models.loading import load_transformer, random_transformer, read_shape
 from helios_train.models.precision import DTYPES
 from helios_train.models.roles import CRITIC, STUDENT, Backbone, Roles, as_student
 from helios_train.models.text import HashText, TextEncoder, pad
 from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer
+from helios_train.objectives.gan import crop_size
 from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.base import BaseStage
@@ -422,7 +424,30 @@ def distill_of(
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
     how, keys = recipes.training(config), config.stage.critic
     critic = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
-    return DistillStage(recipes.distill_recipe(config, negative), roles, how, critic)
+    return DistillStage(recipes.distill_recipe(config, negative), roles, how, critic, heads(config, scores))
+
+
+def heads(config: Config, scores: HeliosTransformer) -> Heads | None:
+    """The heads of the adversary on the critic's network; None where there is no adversary. InputError for blocks it lacks."""
+    assert isinstance(config.stage, DistillStageKeys)
+    keys, shape = config.stage.gan, scores.config
+    if not keys.enabled:
+        return None
+    width, depth = shape.num_attention_heads * shape.attention_head_dim, shape.num_layers
+    blocks = sorted({depth * eighth // 8 for eighth in (1, 3, 5, 7)}) if keys.blocks is None else list(keys.blocks)
+    if not blocks or blocks != sorted(set(blocks)) or blocks[-1] >= depth:
+        raise InputError(f"stage.gan.blocks={blocks}: the model has blocks 0 to {depth - 1}; give some of them, rising")
+    rows, columns = (side // SIDE for side in config.data.size)
+    return Heads(
+        blocks,
+        shape.in_channels,
+        width,
+        crop_size(rows, columns),
+        head_width=keys.head_width or max(32, round(0.15 * width / 32) * 32),
+        kind=keys.heads,
+        seed=config.seed,
+        dtype=DTYPES[config.model.dtype],
+    )
 
 
 def negative_text(config: Config) -> torch.Tensor | None:

@@ -26,6 +26,7 @@ from helios_train.history.corrupt import Corrupt
 from helios_train.history.mix import Mix
 from helios_train.objectives.dmd import CriticObjective, Decoupled, StudentObjective
 from helios_train.objectives.flow import FlowObjective, Objective
+from helios_train.objectives.gan import Adversary
 from helios_train.objectives.ode import OdeObjective
 from helios_train.objectives.pyramid_flow import PyramidFlowObjective
 from helios_train.objectives.regularise import MeanVariance
@@ -123,11 +124,44 @@ def distill_recipe(config: Config, negative: torch.Tensor | None = None) -> Dist
         keys.align,
         MeanVariance(keys.mean_variance) if keys.mean_variance else None,
         Decoupled(keys.decouple.start, keys.decouple.end) if keys.decouple.enabled else None,
+        adversary(config),
     )
-    critic = CriticObjective(few, replace(looking, density=looks.critic))
+    critic = CriticObjective(few, replace(looking, density=looks.critic), adversary(config))
     sections = SectionCount(*keys.rollout.sections, keys.rollout.anneal, keys.rollout.cold_start)
     given = keys.rollout.history == "given"
-    return DistillRecipe(student, critic, *mix_and_corrupt(config), config.seed, keys.every, sections, given, negative)
+    return DistillRecipe(
+        student,
+        critic,
+        *mix_and_corrupt(config),
+        config.seed,
+        keys.every,
+        sections,
+        given,
+        negative,
+        own_real=keys.gan.real == "own",
+        one_step=keys.gan.critic_steps == "one",
+        heads_wait=keys.gan.heads_from == "start",
+    )
+
+
+def adversary(config: Config) -> Adversary | None:
+    """The adversary of stage=distill; None where it is off."""
+    assert isinstance(config.stage, DistillStageKeys)
+    keys = config.stage.gan
+    if not keys.enabled:
+        return None
+    return Adversary(
+        start=keys.start,
+        ramp=keys.ramp,
+        student=keys.student_weight,
+        critic=keys.critic_weight,
+        r1=keys.r1,
+        r1_sigma=keys.r1_sigma,
+        r2=keys.r2,
+        r2_sigma=keys.r2_sigma,
+        offsets=keys.offsets,
+        one_crop=keys.crops == "shared",
+    )
 
 
 def value_of(config: Config, key: str) -> Any:
