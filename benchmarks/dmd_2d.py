@@ -82,10 +82,14 @@ class Network(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, text: Tensor, history: History) -> Tensor:
         """As every `velocity`."""
+        return self.last(self.hidden(x_t, t)).movedim(-1, 1)
+
+    def hidden(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The last hidden layer. [B, T, H, W, width]"""
         points = x_t.movedim(1, -1)
         angles = math.pi * (t / 1000)[:, None] * 2.0 ** torch.arange(-1, 3)
         told = torch.cat([angles.sin(), angles.cos()], dim=1)[:, None, None, None].expand(*points.shape[:-1], 8)
-        return self.last(self.layers(torch.cat([points, told], dim=-1))).movedim(-1, 1)
+        return self.layers(torch.cat([points, told], dim=-1))
 
 
 def few_step_points(student: nn.Module, count: int) -> Tensor:

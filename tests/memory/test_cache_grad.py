@@ -89,14 +89,15 @@ def coupled(outputs: Tensor) -> Tensor:
     return nn.functional.softplus(-outputs[0]).mean() + outputs[1].exp().mean() + 100 * (outputs[1] - outputs[2]).square().mean()
 
 
-def test_in_turn_is_the_batch() -> None:
+@pytest.mark.parametrize("replay", [True, False])
+def test_in_turn_is_the_batch(replay: bool) -> None:
     judge, batch = network(), numbers("batch", 3, 5, WIDTH)
     loss = coupled(torch.stack([judge(sample) for sample in batch]))
     loss.backward()
     wanted = {name: weight.grad.clone() for name, weight in judge.named_parameters()}
     judge.zero_grad()
     values = []
-    for surrogate, value in in_turn([lambda sample=sample: judge(sample) for sample in batch], coupled):
+    for surrogate, value in in_turn([lambda sample=sample: judge(sample) for sample in batch], coupled, replay):
         surrogate.backward()
         values.append(value)
     torch.testing.assert_close(torch.stack(values), loss.detach().expand(3), rtol=1e-6, atol=0)
@@ -105,14 +106,16 @@ def test_in_turn_is_the_batch() -> None:
 
 
 def test_in_turn_has_the_activations_of_one() -> None:
-    def peak(samples: int) -> int:
+    def peak(samples: int, replay: bool = True) -> int:
         judge, batch = network(), numbers("batch", samples, 512, WIDTH)
         with LiveCounter() as counter:
             counter.claim([batch, list(judge.parameters())], "given")
             for weight in judge.parameters():
                 weight.grad = torch.zeros_like(weight)
             before = counter.live()
-            for surrogate, _ in in_turn([lambda sample=sample: judge(sample) for sample in batch], lambda x: x.square().mean()):
+            for surrogate, _ in in_turn(
+                [lambda sample=sample: judge(sample) for sample in batch], lambda x: x.square().mean(), replay
+            ):
                 surrogate.backward()
                 del surrogate
         return counter.report().peak[DEVICE] - before
@@ -120,3 +123,4 @@ def test_in_turn_has_the_activations_of_one() -> None:
     one, three = peak(1), peak(3)
     logits = 512 * 3 * 4
     assert three <= one + 3 * 3 * logits, (one, three)
+    assert peak(3, replay=False) > 2 * one

@@ -24,9 +24,9 @@ from helios_train.stages.distill import DistillStage
 from helios_train.tasks import build
 
 GIB = 2**30
-COMMON = ["stage=distill", "data.global_batch=2", "data.micro_batch=1", "stage.every=2", "stage.rollout.history=given"]
+COMMON = ["stage=distill", "data.global_batch=2", "data.micro_batch=1", "stage.every=2", "stage.gan.start=0"]
 TINY = [*COMMON, "model.head_dim=16", "model.rope_dim=[8,4,4]", "model.layers=1", "stage.lora.rank=4", "data.size=[64,64]"]
-TINY += ["stage.student.steps=[2,2]"]
+TINY += ["stage.student.steps=[2,2]", "stage.gan.head_width=32"]
 FULL = [*COMMON, "model=14b", "codec=wan", "text=umt5", "data=folder", "data.root=/nowhere", "data.size=[384,640]"]
 
 
@@ -79,9 +79,18 @@ def step(config: Config, fake: bool, iterations: int, shared: bool = False, gran
 @pytest.mark.parametrize("shared", [True, False])
 def test_real_and_fake_agree_to_the_byte(shared: bool) -> None:
     """The student's turn and one of the critic alone."""
-    config = compose([*TINY, f"memory.checkpointing={shared}"])
+    config = compose([*TINY, f"memory.checkpointing={shared}", "stage.gan.start=9"])
     (real, trained), (fake, planned) = (step(config, fake, 2, shared) for fake in (False, True))
     assert real == fake
+    assert trained.iteration == planned.iteration == 2 and trained.skipped == planned.skipped == 0
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_with_an_adversary_too_but_for_a_scalar(replay: bool) -> None:
+    """A convolution's backward keeps its weight's gradient a scalar longer or shorter when real."""
+    config = compose([*TINY, f"memory.gan_replay={str(replay).lower()}"])
+    (real, trained), (fake, planned) = (step(config, fake, 2) for fake in (False, True))
+    assert real.peak[DEVICE] == pytest.approx(fake.peak[DEVICE], abs=16) and real.live == fake.live
     assert trained.iteration == planned.iteration == 2 and trained.skipped == planned.skipped == 0
 
 

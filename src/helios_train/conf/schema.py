@@ -456,6 +456,7 @@ class PlainMemory:
     name: Literal["plain"]
     checkpointing: bool
     checkpoint_every: Positive
+    gan_replay: bool
 
 
 @dataclass(frozen=True)

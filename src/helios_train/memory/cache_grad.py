@@ -54,19 +54,28 @@ def cache_grad(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor
     return CacheGrad.apply(value.detach(), len(gradients), *gradients, *inputs), gradients
 
 
-def in_turn(samples: Sequence[Callable[[], Tensor]], loss: Callable[[Tensor], Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def in_turn(
+    samples: Sequence[Callable[[], Tensor]], loss: Callable[[Tensor], Tensor], replay: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """A loss over the stacked outputs [samples, ...] of samples that are each computed by a call, differentiated one by one.
 
-    The calls are made without a graph first; the loss and its gradient by the outputs then are known, whatever couples the
-    samples. Each is called again, and yields a surrogate whose gradient by the parameters is that sample's share of the loss's,
-    with the loss's value (the same each time, detached). Differentiate and drop the surrogate before the next: then the
-    activations of one sample are alive. The calls must give the same outputs twice.
+    With `replay` the calls are made without a graph first; the loss and its gradient by the outputs then are known, whatever
+    couples the samples, and each is called again: the activations of one sample are alive at a time, for a forward more. They
+    must give the same outputs twice. Without it the graphs of all are kept from the one call of each, for less work.
+
+    Yields for each sample a surrogate whose gradient by the parameters is that sample's share of the loss's, with the loss's
+    value (the same each time, detached). Differentiate and drop the surrogate before the next.
     """
-    with torch.no_grad():
-        outputs = torch.stack([sample() for sample in samples])
+    with torch.set_grad_enabled(not replay):
+        outputs = [sample() for sample in samples]
     with torch.enable_grad():
-        leaf = outputs.requires_grad_()
+        leaf = torch.stack([output.detach() for output in outputs]).requires_grad_()
         value = loss(leaf)
         (gradient,) = torch.autograd.grad(value, leaf)
-    for sample, share in zip(samples, gradient, strict=True):
-        yield (sample() * share).sum(), value.detach()
+    for number, share in enumerate(gradient):
+        output = samples[number]() if replay else outputs[number]
+        outputs[number] = share  # so that its graph goes with the surrogate
+        surrogate = (output * share).sum()
+        del output
+        yield surrogate, value.detach()
+        del surrogate

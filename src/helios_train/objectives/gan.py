@@ -81,7 +81,8 @@ class Adversary:
     start: first iteration. ramp: iterations over which the weights rise from 0. student, critic: weights of the student's and the
     heads' loss. r1, r2: weights, unscaled by `critic`, of the logits' squared change when real sections, or the student's, get
     noise of `r1_sigma`, `r2_sigma`; a weight of 0 costs nothing. offsets: the network is told where a crop lies. one_crop: a
-    section and its disturbed copy share their crop; else, as published, every sample has its own, at any latent.
+    section and its disturbed copy share their crop; else, as published, every sample has its own, at any latent. replay: as of
+    `in_turn`, over the heads' samples.
     """
 
     start: int = 1000
@@ -94,6 +95,7 @@ class Adversary:
     r2_sigma: float = 0.1
     offsets: bool = True
     one_crop: bool = True
+    replay: bool = True
 
     def share(self, iteration: int) -> float:
         """Of the weights, 0 before the start."""
@@ -175,7 +177,7 @@ class Adversary:
                     total = total + weight * figures[name]
             return draw.share * total
 
-        for number, (surrogate, value) in enumerate(in_turn(samples, loss), start=1):
+        for number, (surrogate, value) in enumerate(in_turn(samples, loss, self.replay), start=1):
             last = {name: figure.detach() for name, figure in figures.items()} | {"loss": value}
             yield surrogate, last if number == len(samples) else {}
 

@@ -161,6 +161,7 @@ def adversary(config: Config) -> Adversary | None:
         r2_sigma=keys.r2_sigma,
         offsets=keys.offsets,
         one_crop=keys.crops == "shared",
+        replay=config.memory.gan_replay,
     )
 
 
