@@ -24,7 +24,9 @@ def test_a_tiny_mid_run_without_init_makes_its_base_once(
     monkeypatch.setitem(handoff.TOY, "base", ["experiment=debug"])
     tiny_run("stage=mid", "run_dir=run", "trainer.max_steps=2")
     (base,) = (tmp_path / "runs/earlier").iterdir()
-    assert f"stage=mid: init=null names no base model; a toy one is made first, in {base}/merged" in capsys.readouterr().out
+    assert (
+        f"stage=mid: init=null names no base model; a toy base model is made first, in {base}/merged" in capsys.readouterr().out
+    )
     assert compose.typed(RunFolder.open(Path("run")).load_config()).init == str(base / "merged")
     merge.merge(Path("run"), Path("merged"), "auto")
     known = read_manifest(Path("merged"))
@@ -33,6 +35,30 @@ def test_a_tiny_mid_run_without_init_makes_its_base_once(
     assert RunFolder(Path("run")).newest_checkpoint() == Path("run/checkpoints/00000003.ckpt")
     assert list((tmp_path / "runs/earlier").iterdir()) == [base]
     assert "is made first" not in capsys.readouterr().out
+
+
+def test_a_tiny_student_without_init_makes_every_link_before_it(
+    tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Base, mid, trajectories, regression; the base is the teacher. A second student finds them all."""
+    monkeypatch.chdir(tmp_path)
+    toy = {stage: ["experiment=debug", f"stage={stage}", "trainer.max_steps=1"] for stage in handoff.TOY}
+    monkeypatch.setattr(handoff, "TOY", toy)
+    monkeypatch.setattr(handoff, "TRAJECTORIES", ("pairs.count=2", "pairs.sections=1", "pairs.steps=3", "pairs.batch=2"))
+    tiny_run("stage=distill", "data.size=[64,64]", "run_dir=run", "trainer.max_steps=1")
+    config = compose.typed(RunFolder.open(Path("run")).load_config())
+    made = sorted(path.name.removesuffix("_pairs") for path in Path("runs/earlier").iterdir())
+    base, mid, ode, again = made  # of regression the run and its trajectories
+    assert (base[:4], mid[:3], ode[:3], again) == ("base", "mid", "ode", ode)
+    assert config.stage.teacher == str(tmp_path / "runs/earlier" / base / "merged") and Path(config.init).parent.name.startswith(
+        "ode_"
+    )
+    merge.merge(Path("run"), Path("merged"), "auto")
+    known = read_manifest(Path("merged"))
+    assert known is not None and [link.stage for link in known.lineage] == ["base", "mid", "ode", "distill"]
+    assert capsys.readouterr().out.count("is made first") == 3
+    tiny_run("stage=distill", "data.size=[64,64]", "run_dir=other", "trainer.max_steps=1", "stage.every=2")
+    assert "is made first" not in capsys.readouterr().out and len(list((tmp_path / "runs/earlier").iterdir())) == 4
 
 
 def test_a_real_mid_run_without_init_names_the_commands(tiny_run: Run, tmp_path: Path) -> None:

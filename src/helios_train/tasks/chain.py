@@ -21,11 +21,10 @@ from hydra.core.hydra_config import HydraConfig
 
 from helios_train.conf import compose, rules
 from helios_train.conf.schema import Config
-from helios_train.data.pairs import MANIFEST as PAIRS
 from helios_train.errors import ConfigError, InputError
 from helios_train.models import manifest
 from helios_train.run import RunFolder, default_folder, make_unique, newest_first, write, writing
-from helios_train.tasks import build, handoff, merge, pairs, sameness, sample, train
+from helios_train.tasks import build, handoff, merge, sameness, sample, train
 
 NAME = "chain.json"
 OWN = ("task", "experiment", "run_dir", "resume", "init", "chain.", "hydra")  # words that are the chain's, not a link's
@@ -95,9 +94,8 @@ def _run(plan: Plan, folder: Path, record: dict[str, Any]) -> None:
     for number, link in enumerate(plan.links, start=1):
         print(f"link {number} of {len(plan.links)}: {' '.join(link.words)}", flush=True)
         merged = _merged(folder, link)
-        places = {"run_dir": str(folder / link.name), "resume": "auto", "init": str(before) if before else None}
         if not merged.is_dir():
-            handoff.make({**link.config, **places, "stage": _stage(plan, link, folder, before)}, merged, train.run)
+            handoff.make(_placed(plan, link, folder, before), merged, train.run)
         _check(link, merged, before)
         before = merged
     output = _samples(folder, record, plan.words)
@@ -111,20 +109,16 @@ def _run(plan: Plan, folder: Path, record: dict[str, Any]) -> None:
         _write(folder, {**record, "samples": [*record["samples"], plan.words]})
 
 
-def _stage(plan: Plan, link: Link, folder: Path, before: Path | None) -> dict[str, Any]:
-    """The keys of a link's stage, with what only the chain knows: an ode link's trajectories, made here, a student's teacher."""
-    keys = link.config["stage"]
-    if keys["name"] == "ode" and keys["pairs"] is None:
-        made = folder / f"{link.name}_pairs"
-        if not (made / PAIRS).is_file():
-            raw = plan.pairs[link.name]
-            raw = {**raw, "init": str(before) if before else None, "pairs": {**raw["pairs"], "output": str(made)}}
-            pairs.run(compose.typed(raw), raw)
-        return {**keys, "pairs": str(made)}
-    if keys["name"] == "distill" and keys["teacher"] is None:
+def _placed(plan: Plan, link: Link, folder: Path, before: Path | None) -> dict[str, Any]:
+    """A link's config with what only the chain knows: its folder and weights, an ode link's trajectories, a student's teacher."""
+    places = {"run_dir": str(folder / link.name), "resume": "auto", "init": str(before) if before else None}
+    raw = {**link.config, **places}
+    if link.name in plan.pairs:
+        return handoff.with_trajectories(raw, plan.pairs[link.name])
+    if raw["stage"].get("teacher", "none is asked for") is None:
         bases = [one for one in plan.links if one.config["stage"]["name"] == "base"]
-        return {**keys, "teacher": str(_merged(folder, bases[-1])) if bases else None}
-    return keys  # type: ignore[no-any-return]
+        raw["stage"] = {**raw["stage"], "teacher": str(_merged(folder, bases[-1])) if bases else None}
+    return raw
 
 
 def _plan(config: Config, words: Sequence[str]) -> Plan:
