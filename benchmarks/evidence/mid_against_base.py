@@ -3,7 +3,8 @@
 Reads the chain folder of one seed, made by
     python -m helios_train experiment=toy_chain seed=SEED run_dir=runs/evidence/mid_SEED resume=auto
 samples the captions of held-out clips from both merged models, and adds what the mid run measured on held-out clips: losses by
-level at its begin and end, and what dropping the history costs each. Writes results/evidence/mid_against_base_SEED.json.
+level at its begin and end, and what dropping the history costs each. Writes results/evidence/mid_against_base_SEED.json, arm by
+arm; an arm that is there is not sampled again.
 
 Usage: python benchmarks/evidence/mid_against_base.py SEED [FOLDER]
 """
@@ -23,7 +24,11 @@ from helios_train.tasks import build
 
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 CLIPS = 32
-ARMS = {"base": ("1_base_merged", "toy_base", Plan(60)), "mid": ("2_mid_merged", "toy_mid", Plan((20, 20, 20)))}
+ARMS = {
+    "base": ("1_base_merged", "toy_base", Plan(60)),
+    "mid": ("2_mid_merged", "toy_mid", Plan((20, 20, 20))),
+    "mid_guidance_2": ("2_mid_merged", "toy_mid", Plan((20, 20, 20), 2.0)),  # the other two at 3
+}
 LEVELS = 3
 
 
@@ -51,8 +56,13 @@ def main() -> None:
     """One seed."""
     seed = int(sys.argv[1])
     folder = Path(sys.argv[2] if len(sys.argv) > 2 else f"runs/evidence/mid_{seed}")
-    result: dict[str, Any] = {"seed": seed, "clips": CLIPS, "held_out": held_out(folder / "2_mid" / "metrics.csv")}
+    path = RESULTS / f"mid_against_base_{seed}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    result: dict[str, Any] = {**known, "seed": seed, "clips": CLIPS, "held_out": held_out(folder / "2_mid" / "metrics.csv")}
+    RESULTS.mkdir(parents=True, exist_ok=True)
     for name, (merged, experiment, plan) in ARMS.items():
+        if name in known:
+            continue
         words = [f"experiment={experiment}", "data.size=[64,128]", f"init={folder / merged}", f"seed={seed}"]
         config = compose(words)
         real = Real.of(config, CLIPS)
@@ -61,8 +71,7 @@ def main() -> None:
         assert spec is not None
         result[name] = figures(real, made["latents"], made["tracks"], spec.speed) | {"seconds_a_section": made["seconds"]}
         print(name, json.dumps(result[name]), flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"mid_against_base_{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["held_out"], indent=1))
 
 
