@@ -27,7 +27,7 @@ Weights = Literal["auto", "ema", "last"]
 class Task:
     """The verb."""
 
-    name: Literal["train", "prepare", "pairs", "merge", "sample", "chain"]
+    name: Literal["train", "prepare", "pairs", "merge", "sample", "chain", "plan"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,17 @@ class Sample:
     weights: Weights
     output: str
     fps: Positive
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Keys of task=plan."""
+
+    output: str | None
+    picture: str | None
+    exact: bool
+    hfu: Annotated[float, Range(above=0, at_most=1)]
+    tflops: Above0
 
 
 @dataclass(frozen=True)
@@ -557,6 +568,7 @@ class Config:
     merge: Merge | None = None
     sample: Sample | None = None
     chain: Chain | None = None
+    plan: Plan | None = None
 
 
 # Group -> its classes by `name`; "" stands for any other name. A later stage is one more entry of "stage".
@@ -576,4 +588,4 @@ GROUPS: dict[str, dict[str, type]] = {
     "experiment": {"": Experiment},
 }
 # Task -> the class of the keys that stand under its name.
-TASKS: dict[str, type] = {"prepare": Prepare, "pairs": Pairs, "merge": Merge, "sample": Sample, "chain": Chain}
+TASKS: dict[str, type] = {"prepare": Prepare, "pairs": Pairs, "merge": Merge, "sample": Sample, "chain": Chain, "plan": Plan}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from helios_train.conf.schema import Config
-from helios_train.tasks import chain, merge, pairs, prepare, sample, train
+from helios_train.tasks import chain, merge, pairs, plan, prepare, sample, train
 
 TASKS = {
     "train": train.run,
@@ -14,6 +14,7 @@ TASKS = {
     "merge": merge.run,
     "sample": sample.run,
     "chain": chain.run,
+    "plan": plan.run,
 }
 
 

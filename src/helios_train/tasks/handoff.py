@@ -19,7 +19,7 @@ Train = Callable[[Config, dict[str, Any]], None]
 
 ROAD = ("base", "mid", "ode", "distill")  # each stage starts from the merged folder of the one before
 TOY = {stage: [f"experiment=toy_{stage}"] for stage in ROAD[:-1]}  # stage -> its toy default
-TRAJECTORIES = ("pairs.count=96", "pairs.sections=4", "pairs.steps=10", "pairs.guidance=3", "pairs.batch=8")  # of a toy's ode
+TRAJECTORIES = ("pairs.count=96", "pairs.sections=4", "pairs.steps=10", "pairs.guidance=2", "pairs.batch=8")  # of a toy's ode
 ALIKE = ("model", "codec", "text", "data", "memory", "seed")  # what a missing link takes from the run it is made for
 MADE = Path("runs/earlier")  # where missing links are made
 

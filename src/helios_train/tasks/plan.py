@@ -1,0 +1,296 @@
+"""task=plan: what one iteration of a stage needs, traced on a CPU without weights or data.
+
+The real step runs on fake tensors, on one micro-batch (in ode and distill one sample), with what optimizers remember and, where
+others came before it, the gradients already there. Of stage=distill that is a student's turn after the adversary's start whose
+rollout keeps the most graphs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from helios_train.conf.schema import Config, DistillStage, OdeStage
+from helios_train.data.batch import Window, WindowPair
+from helios_train.data.format import atomic
+from helios_train.data.order import Ref
+from helios_train.data.pairs import Pair, Trajectory, Walk
+from helios_train.diffusion.rollout import Rollout
+from helios_train.history import FRAMES, SECTION, History
+from helios_train.memory.flops import count_flops
+from helios_train.memory.live import LiveCounter
+from helios_train.memory.places import HOST, materialise, placing
+from helios_train.memory.plan import Costs, Plan, extended, extended_flops, moments, planned
+from helios_train.models import adapters
+from helios_train.models.adapters import NOTHING, Part
+from helios_train.models.codecs import SIDE
+from helios_train.models.loading import fill_buffers
+from helios_train.models.precision import DTYPES, cast
+from helios_train.models.transformer import HeliosTransformer
+from helios_train.stages import distill
+from helios_train.stages.stage import Stage
+from helios_train.tasks import build
+
+DEPTHS = (2, 4)  # blocks that are traced
+BLOCK = 512  # bytes to which CUDA's allocator rounds
+LINKS = ("mid", "ode")  # of the lineage of a student on its teacher's base
+CHANNELS = 16
+
+
+def run(config: Config, raw: dict[str, Any]) -> None:
+    """Prints the plan of `stage=`, and writes it where `plan.output` and `plan.picture` say."""
+    keys = config.plan
+    assert keys is not None
+    plan = plan_of(config)
+    print(f"stage {config.stage.name}, model {config.model.name}, memory {config.memory.name}, {_sizes(config)}")
+    print(plan.text(), end="", flush=True)
+    if keys.output is not None:
+        with atomic(Path(keys.output)) as file:
+            file.write((json.dumps(plan.record(), indent=1) + "\n").encode())
+    if keys.picture is not None:
+        with atomic(Path(keys.picture)) as file:
+            plan.picture().save(file, format="PNG")
+
+
+def _sizes(config: Config) -> str:
+    height, width = config.data.size
+    return f"{height}x{width} pixels, {config.data.micro_batch} samples at once"
+
+
+def plan_of(config: Config) -> Plan:
+    """The plan of one iteration: traced at two depths and extended, or with `plan.exact` at the model's own."""
+    assert config.plan is not None
+    costs, depth = Costs(config.plan.tflops * 1e12, config.plan.hfu), config.model.layers
+    if config.plan.exact or depth <= DEPTHS[1]:
+        report, flops = traced(config)
+        return planned(report, flops, costs)
+    (one, some), (other, more) = (traced(_with_blocks(config, blocks)) for blocks in DEPTHS)
+    return planned(extended(one, other, DEPTHS, depth), extended_flops(some, more, DEPTHS, depth), costs)
+
+
+def _with_blocks(config: Config, blocks: int) -> Config:
+    """The same model with so few blocks; heads stand on as many as they would."""
+    smaller = replace(config, model=replace(config.model, layers=blocks))
+    if not isinstance(config.stage, DistillStage):
+        return smaller
+    return replace(smaller, stage=replace(config.stage, gan=replace(config.stage.gan, blocks=None)))
+
+
+def traced(config: Config) -> tuple[list[Any], dict[str, float]]:
+    """The moments of an iteration, and FLOPs by what they are spent on."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        counter = LiveCounter(granularity=BLOCK)
+        stage, batch = _stage(config).alone(), _batch(config)
+        with placing(HOST):
+            ema = build.ema(config, stage)
+        for trainee, optimizer in zip(stage.trainees, stage._alone, strict=True):
+            trainee.masters.fill()
+            optimizer.step()  # what it remembers is there from now on
+            if _parts(config) == 1:
+                trainee.masters.clear()
+        _claim(counter, stage, batch, ema)
+        with counter, _labelled(stage, counter.moment), _gradients(counter, stage):
+            stage.training_step(batch, 0)
+            if ema is not None:
+                with counter.moment("average"), placing(HOST):
+                    ema.update(stage.masters.state_dict())
+            report = counter.report()
+    return moments(report), _flops(config)
+
+
+def _parts(config: Config) -> int:
+    """How many parts, each differentiated alone, one device's share of a global batch has."""
+    alone = isinstance(config.stage, DistillStage | OdeStage)
+    return config.data.global_batch // config.trainer.devices // (1 if alone else config.data.micro_batch)
+
+
+def _flops(config: Config) -> dict[str, float]:
+    """Of one iteration, by moment: counted in a pass of its own."""
+    spent: dict[str, float] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        stage, batch = _stage(config).alone(), _batch(config)
+
+        def _count(name: str, work: Callable[[], Any]) -> None:
+            spent[name] = spent.get(name, 0.0) + _parts(config) * count_flops(work)
+
+        with _labelled(stage, nullcontext, _count):
+            stage.training_step(batch, 0)
+    return spent
+
+
+@contextmanager
+def _gradients(counter: LiveCounter, stage: Stage) -> Iterator[None]:
+    """Gradients are somebody's."""
+    names = [f"gradients {trainee.name}".strip() for trainee in stage.trainees]
+    with counter.gradients(stage.trainees[0].masters, names[0]):
+        with counter.gradients(stage.trainees[-1].masters, names[-1]) if len(names) > 1 else nullcontext():
+            yield
+
+
+def _claim(counter: LiveCounter, stage: Stage, batch: Any, ema: Any) -> None:
+    """Whose the storages are that the step begins with."""
+    trained = {id(weight) for trainee in stage.trainees for weight in trainee.masters.weights.values()}
+    backbones = {"": stage.transformer}
+    if isinstance(stage, distill.DistillStage):
+        shared = stage.roles.shared
+        backbones = {"": stage.transformer} if shared else {"student": stage.transformer, "teacher and critic": stage.scores}
+    for name, transformer in backbones.items():
+        frozen = {key: weight for key, weight in transformer.named_parameters() if id(weight) not in trained}
+        lineage = {key for key in frozen if ".lora_" in key}
+        counter.claim([weight for key, weight in frozen.items() if key not in lineage], f"weights {name}".strip())
+        counter.claim([frozen[key] for key in lineage], "lineage")
+        counter.claim(list(transformer.buffers()), f"weights {name}".strip())
+    for trainee, optimizer in zip(stage.trainees, stage._alone, strict=True):
+        counter.claim(list(trainee.masters.weights.values()), f"trainable {trainee.name}".strip())
+        counter.claim([one for one in trainee.masters if id(one) not in trained], f"masters {trainee.name}".strip())
+        counter.claim([one.grad for one in trainee.masters if one.grad is not None], f"gradients {trainee.name}".strip())
+        counter.claim([list(state.values()) for state in optimizer.state.values()], f"optimizer {trainee.name}".strip())
+    counter.claim(_tensors(batch), "data")
+    if ema is not None:
+        with placing(HOST):
+            counter.claim(ema.average, "EMA")
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    """Those of windows, pairs of them, trajectories."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if isinstance(batch, list | tuple):
+        return [tensor for item in batch for tensor in _tensors(item)]
+    return [tensor for item in vars(batch).values() for tensor in _tensors(item)] if hasattr(batch, "__dict__") else []
+
+
+def _labelled(stage: Stage, moment: Callable[[str], Any], count: Callable[[str, Callable[[], Any]], Any] | None = None) -> Any:
+    """Inside, every call of a network, every backward and every optimizer step is a moment; `count` is given each instead."""
+
+    def named(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **words: Any) -> Any:
+            if count is None:
+                with moment(name):
+                    return work(*given, **words)
+            kept: list[Any] = []
+            count(name, lambda: kept.append(work(*given, **words)))
+            return kept[0]
+
+        return call
+
+    @contextmanager
+    def _inside() -> Iterator[None]:
+        if isinstance(stage, distill.DistillStage):
+            whole = stage.cast
+            stage.cast = replace(
+                whole,
+                student=named("student", whole.student),
+                teacher=named("teacher", whole.teacher),
+                critic=named("critic", whole.critic),
+                logits=named("adversary", whole.logits) if whole.logits else None,
+            )
+        else:
+            stage.transformer.velocity = named("network", stage.transformer.velocity)  # type: ignore[method-assign]
+        for trainee in stage.trainees:
+            trainee.add = named(f"backward {trainee.name}".strip(), trainee.add)  # type: ignore[method-assign]
+            trainee.step = named(f"step {trainee.name}".strip(), trainee.step)  # type: ignore[method-assign]
+        yield
+
+    return _inside()
+
+
+class _MostGraphs(Rollout):
+    """A rollout whose every level has a graph: the later ones are left at their first step, which starts from the level
+    before."""
+
+    def exits(self, seed: int, who: str, where: Any, empty: bool) -> tuple[int, ...]:
+        """The first level's last step, the others' first."""
+        counts = self.counts(empty)
+        return (counts[0] - 1, *(0 for _ in counts[1:]))
+
+
+def _stage(config: Config) -> Stage:
+    """The stage of a run, without weights."""
+    if not isinstance(config.stage, DistillStage):
+        transformer = materialise(partial(_adapted, config), True, fill_buffers)
+        assert isinstance(transformer, HeliosTransformer)
+        return build.stage_of(config, transformer)
+    shared = config.stage.bases == "shared"
+    both = list(materialise(partial(_cast, config, shared), True, _fill_all).children())
+    student, scores = both[0], both[-1]
+    assert isinstance(student, HeliosTransformer) and isinstance(scores, HeliosTransformer)
+    started = replace(config, stage=replace(config.stage, gan=replace(config.stage.gan, start=0)))
+    stage = build.distill_of(started, student, scores, Part(LINKS) if shared else NOTHING)
+    own = stage.recipe.student.rollout
+    most = _MostGraphs(**{field.name: getattr(own, field.name) for field in fields(own)})
+    stage.recipe = replace(stage.recipe, student=replace(stage.recipe.student, rollout=most))
+    return stage
+
+
+def _adapted(config: Config) -> nn.Module:
+    transformer = HeliosTransformer(**build.shape(config))
+    cast(transformer, DTYPES[config.model.dtype])
+    build.adapt(replace(config, init=config.init or "somewhere"), transformer)
+    return transformer
+
+
+def _cast(config: Config, shared: bool) -> nn.Module:
+    """One transformer that plays all roles, with a lineage of two links, or two."""
+    found = [HeliosTransformer(**build.shape(config)) for _ in range(1 if shared else 2)]
+    for transformer in found:
+        cast(transformer, DTYPES[config.model.dtype])
+    if shared:
+        for link in LINKS:
+            adapters.add_lora(found[0], link, replace(build.lora(config), history_patches=False), config.seed)
+            found[0].requires_grad_(False)
+    build.adapt_cast(config, found[0], found[-1])
+    return nn.ModuleList(found)
+
+
+def _fill_all(modules: nn.Module) -> None:
+    for module in modules.children():
+        fill_buffers(module)
+
+
+def _batch(config: Config) -> Any:
+    """One part, of ones."""
+    if isinstance(config.stage, OdeStage):
+        return [Pair(_trajectory(config), Ref(0, 0, 0, 0))]
+    if isinstance(config.stage, DistillStage):
+        window = _window(config, 1)
+        return [WindowPair(window, window)]
+    return [_window(config, config.data.micro_batch)]
+
+
+def _window(config: Config, samples: int) -> Window:
+    rows, columns = (side // SIDE for side in config.data.size)
+    history = History(
+        torch.ones(samples, CHANNELS, FRAMES, rows, columns),
+        torch.ones(samples, CHANNELS, 1, rows, columns),
+        (FRAMES,) * samples,
+        (True,) * samples,
+    )
+    refs = tuple(Ref(0, sample, 0, sample) for sample in range(samples))
+    target = torch.ones(samples, CHANNELS, SECTION, rows, columns)
+    return Window(target, history, torch.ones(samples, config.text.rows, config.text.dim), refs, (3,) * samples)
+
+
+def _trajectory(config: Config) -> Trajectory:
+    """As many sections as a sample learns from, after one more."""
+    assert isinstance(config.stage, OdeStage)
+    few, (rows, columns) = config.stage.student, (side // SIDE for side in config.data.size)
+    levels = len(few.steps)
+
+    def walk(level: int, count: int) -> Walk:
+        size = (rows >> (levels - 1 - level), columns >> (levels - 1 - level))
+        times = np.linspace(900, 500, count, dtype=np.float32)
+        return Walk(torch.ones(count + 1, CHANNELS, SECTION, *size), times)
+
+    sections = tuple(tuple(walk(level, count) for level, count in enumerate(few.steps)) for _ in range(config.stage.sections + 1))
+    return Trajectory(sections, torch.ones(1, config.text.rows, config.text.dim))

@@ -1,0 +1,105 @@
+"""task=plan: the plan of every stage from the command line, extension by depth, what is written, and an independent witness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from helios_train.conf.compose import compose
+from helios_train.memory.ledger import Stretch
+from helios_train.memory.places import DEVICE
+from helios_train.memory.plan import CARDS, Costs, extended, planned
+from helios_train.tasks import build, plan
+
+Run = Callable[..., None]
+TINY = ("model.head_dim=16", "model.rope_dim=[8,4,4]", "model.ffn_dim=64", "data.size=[64,64]", "data.global_batch=2")
+TINY += ("data.micro_batch=1", "memory.checkpointing=true", "init=somewhere", "stage.lora.rank=4", "stage.ema.decay=0.9")
+FEW = ("stage.student.steps=[2,2]",)
+STAGES = {
+    "base": (),
+    "mid": (),
+    "ode": FEW,
+    "distill": (*FEW, "stage.bases=distinct", "stage.gan.head_width=32"),
+    "shared": ("stage=distill", *FEW, "stage.bases=shared", "stage.gan.enabled=false"),
+}
+
+
+def words(name: str, *more: str) -> list[str]:
+    return ["task=plan", f"stage={name}" if name != "shared" else "stage=distill", *TINY, *STAGES[name], *more]
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_extension_by_depth_is_the_exact_trace(name: str) -> None:
+    """Six blocks from two and four: peak, every group, FLOPs and the moment of the peak within 1 %."""
+    near, exact = (plan.plan_of(compose(words(name, "model.layers=6", f"plan.exact={how}"))) for how in ("false", "true"))
+    assert near.peak == pytest.approx(exact.peak, rel=0.01) and near.host == pytest.approx(exact.host, rel=0.01)
+    assert near.moment == exact.moment
+    for group, size in exact.groups.items():
+        assert near.groups[group] == pytest.approx(size, rel=0.02, abs=0.01 * exact.peak), group
+    for what, flops in exact.flops.items():
+        assert near.flops[what] == pytest.approx(flops, rel=0.01), what
+
+
+def test_the_whole_cast_by_group() -> None:
+    """Two bases, two adapters with heads, their moments and gradients, the average on the host; nothing is nobody's for long."""
+    found = plan.plan_of(compose(words("distill", "model.layers=2")))
+    assert {"weights student", "weights teacher and critic", "trainable student", "trainable critic", "gradients student"} <= set(
+        found.groups
+    )
+    assert set(found.host_groups) == {"EMA"} and found.host == found.host_groups["EMA"]
+    moments = [name for name, _, _ in found.timeline]
+    assert moments.index("student") < moments.index("teacher") < moments.index("backward student") < moments.index("step student")
+    assert moments[-3:] == ["backward critic", "step critic", "average"] and "adversary" in moments
+
+
+def test_what_is_written(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_run(*words("base"), f"plan.output={tmp_path}/plan.json", f"plan.picture={tmp_path}/plan.png")
+    record = json.loads((tmp_path / "plan.json").read_text())
+    assert {"peak_gib", "moment", "by_group", "host_gib", "flops", "seconds"} <= record.keys()
+    assert sum(record["by_group"].values()) == pytest.approx(record["peak_gib"], rel=1e-6)
+    assert record["fits"] == dict.fromkeys(CARDS, True) and record["seconds"] > 0
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    said = capsys.readouterr().out
+    assert "stage base, model tiny" in said and f"in {record['moment']}" in said and "fits 16 GB, 24 GB" in said
+
+
+def test_a_plan_that_fits_some_cards() -> None:
+    stretch = Stretch("backward", {"device": 60 * 2**30, "host": 2**30}, {"device": {("weights", ""): 60 * 2**30}, "host": {}})
+    found = planned([stretch], {"network": 9.89e14}, Costs(989e12, 0.5))
+    assert found.reserved == pytest.approx(60 * 1.03 + 0.6) and found.seconds == pytest.approx(2)
+    assert found.fits() == {"16 GB": False, "24 GB": False, "48 GB": False, "80 GB": True, "141 GB": True}
+    assert "not 48 GB, 80 GB" in found.text()
+    other = Stretch("forward", stretch.peak, stretch.cells)
+    with pytest.raises(ValueError, match=r"plan.exact=true"):
+        extended([stretch], [other], (2, 4), 40)
+    assert extended([stretch], [stretch], (2, 4), 40)[0].peak[DEVICE] == 60 * 2**30
+
+
+def test_a_profiler_says_the_same() -> None:
+    """An independent witness on a real step: torch's own record of allocations, against the plan, within 5 %."""
+    config = compose(words("base", "stage.trainable=full", "stage.ema.decay=0", "model.layers=3", "data.global_batch=1"))
+    found = plan.plan_of(config)
+    stage = build.stage(replace(config, init=None)).alone()
+    batch = plan._batch(config)
+    stage.training_step(batch, 0)  # what the optimizer remembers
+    before = sum(t.numel() * t.element_size() for t in _held(stage, batch))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as seen:
+        stage.training_step(batch, 1)
+    live, peak = 0, 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert (before + peak) / 2**30 == pytest.approx(found.peak, rel=0.05)
+
+
+def _held(stage: Any, batch: Any) -> list[torch.Tensor]:
+    states = [value for optimizer in stage._alone for state in optimizer.state.values() for value in state.values()]
+    return [*stage.parameters(), *stage.transformer.buffers(), *states, *plan._tensors(batch)]
