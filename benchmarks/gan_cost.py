@@ -36,7 +36,7 @@ from helios_train.models.roles import CRITIC
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.objectives.gan import crop_size
 from helios_train.stages.distill import DistillStage
-from helios_train.tasks import build
+from helios_train.tasks import build, weights
 
 RESULT = Path(__file__).parent / "results" / "gan_cost.json"
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def stage_of(config: Config, fake: bool) -> DistillStage:
     """The cast on two bases with random or no weights."""
 
     def _built() -> nn.Module:
-        both = [HeliosTransformer(**build.shape(config)) for _ in range(2)]
+        both = [HeliosTransformer(**weights.shape(config)) for _ in range(2)]
         for one in both:
             cast(one, DTYPES[config.model.dtype])
         build.adapt_cast(config, *both)

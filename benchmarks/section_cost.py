@@ -25,7 +25,7 @@ from helios_train.diffusion.pyramid import Pyramid
 from helios_train.history import FRAMES, SECTION, History
 from helios_train.models.codecs import SIDE
 from helios_train.sampling.pipeline import SamplerSettings, Sections, build_pipeline
-from helios_train.tasks import build
+from helios_train.tasks import build, weights
 
 RESULT = Path(__file__).parent / "results" / "section_cost.json"
 SIZES = (
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 def works(model: str, size: tuple[int, int], videos: int, share: int) -> dict[str, Callable[[], Any]]:
     """One section of so many videos by each sampler, in one of `share` of the steps."""
     config = compose([f"model={model}"])
-    transformer, codec = build.start(config).transformer, build.codec(config)
+    transformer, codec = weights.start(config).transformer, build.codec(config)
     rows, columns = size[0] // SIDE, size[1] // SIDE
     frames = rng.normal(rng.generator(0, "history"), (videos, 16, FRAMES, rows, columns))
     history = History(frames, frames[:, :, :1], (FRAMES,) * videos, (True,) * videos)

@@ -24,7 +24,7 @@ from helios_train.models.codecs import Codec
 from helios_train.models.text import pad
 from helios_train.sampling.pipeline import Sections, build_pipeline, grown, pixels
 from helios_train.sampling.start import from_nothing
-from helios_train.tasks import build
+from helios_train.tasks import build, weights
 
 BATCH = 8  # videos at once
 SECTIONS = 4  # of a video: three borders
@@ -57,7 +57,7 @@ class Real:
 @torch.no_grad()
 def sample(config: Config, folder: Path, captions: list[str], plan: Plan) -> dict[str, Any]:
     """Videos of the model in `folder`: latents a video, tracks, and seconds a section of one video."""
-    begun = build.start(config)
+    begun = weights.start(config)
     build.computes(config, begun.transformer, trains=False)
     codec, text = build.codec(config), build.text(config)
     settings = begun.sampler

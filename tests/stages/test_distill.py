@@ -24,6 +24,7 @@ from helios_train.models.roles import CRITIC, STUDENT, TEACHER
 from helios_train.objectives.flow import Loss
 from helios_train.stages.distill import DistillStage, Drift, SectionCount
 from helios_train.tasks import build, recipes
+from helios_train.tasks.weights import shape
 
 TINY = [
     "stage=distill",
@@ -49,7 +50,7 @@ def config(*words: str) -> Config:
 @torch.no_grad()
 def built(given: Config, shared: bool = False) -> DistillStage:
     """Student and teacher of other weights, as after several stages; alone."""
-    scores, student = (random_transformer(build.shape(given), torch.float32, seed) for seed in (0, 1))
+    scores, student = (random_transformer(shape(given), torch.float32, seed) for seed in (0, 1))
     for number, one in enumerate((scores, student)):
         one.proj_out.weight.copy_(0.1 * rng.normal(rng.generator(number, "out"), one.proj_out.weight.shape))
     student = scores if shared else student

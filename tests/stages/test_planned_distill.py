@@ -21,7 +21,7 @@ from helios_train.models.loading import fill_buffers
 from helios_train.models.precision import DTYPES, cast
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.stages.distill import DistillStage
-from helios_train.tasks import build
+from helios_train.tasks import build, weights
 
 GIB = 2**30
 COMMON = ["stage=distill", "data.global_batch=2", "data.micro_batch=1", "stage.every=2", "stage.gan.start=0"]
@@ -40,8 +40,8 @@ def window(config: Config, position: int) -> Window:
 
 def cast_of(config: Config, fake: bool, shared: bool) -> DistillStage:
     def built() -> nn.Module:
-        scores = HeliosTransformer(**build.shape(config))
-        student = scores if shared else HeliosTransformer(**build.shape(config))
+        scores = HeliosTransformer(**weights.shape(config))
+        student = scores if shared else HeliosTransformer(**weights.shape(config))
         for one in (student, scores):
             cast(one, DTYPES[config.model.dtype])
         build.adapt_cast(config, student, scores)

@@ -21,7 +21,7 @@ from helios_train.models.loading import fill_buffers
 from helios_train.models.precision import DTYPES, cast
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.stages.base import BaseStage
-from helios_train.tasks import build
+from helios_train.tasks import build, weights
 
 GIB = 2**30
 FULL = [
@@ -50,9 +50,9 @@ def window(config: Config, samples: int) -> Window:
 
 def stage(config: Config, fake: bool) -> BaseStage:
     def built() -> nn.Module:
-        transformer = HeliosTransformer(**build.shape(config))
+        transformer = HeliosTransformer(**weights.shape(config))
         cast(transformer, DTYPES[config.model.dtype])
-        build.adapt(config, transformer)
+        weights.adapt(config, transformer)
         return transformer
 
     transformer = materialise(built, fake, fill_buffers)

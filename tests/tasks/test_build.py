@@ -19,7 +19,7 @@ from helios_train.errors import InputError
 from helios_train.models.codecs import dct_codec, wan_codec
 from helios_train.models.manifest import NAME
 from helios_train.models.text import HashText, Umt5Text
-from helios_train.tasks import build
+from helios_train.tasks import build, weights
 
 Run = Callable[..., None]
 MODEL = ("experiment=debug", "model.head_dim=16", "model.rope_dim=[8,4,4]", "trainer.accelerator=cpu", "watch.sample=false")
@@ -144,7 +144,7 @@ def run(tiny_run: Run, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.mark.parametrize("init", ["merged", "", "checkpoints/00000001.ckpt"])
 def test_another_encoder_than_the_weights_learned(run: Path, toy: Path, tmp_path: Path, init: str) -> None:
-    learned = build.start(config(toy, f"init={run / init}")).encoders
+    learned = weights.start(config(toy, f"init={run / init}")).encoders
     assert learned and learned["codec"]["fingerprint"] == dct_codec().fingerprint() and learned["text"]["rows"] == 16
     build.data(config(toy, f"init={run / init}"))
     other, manifest = shutil.copytree(toy, tmp_path / "other"), read_manifest(toy)
@@ -172,11 +172,11 @@ def test_a_sampler_nobody_knows(run: Path, toy: Path, tmp_path: Path) -> None:
     known = json.loads((folder / NAME).read_text())
     (folder / NAME).write_text(json.dumps(known | {"sampler": {"speed": 9}}))
     with pytest.raises(InputError, match="helios_train.json: sampler has unknown settings .*speed.*; merge the run again"):
-        build.start(config(toy, f"init={folder}"))
+        weights.start(config(toy, f"init={folder}"))
 
 
 def test_a_folder_of_somebody_else_is_taken_at_the_config_s_word(run: Path, toy: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run / "merged" / "transformer", tmp_path / "theirs")
-    begun = build.start(config(toy, f"init={folder}"))
+    begun = weights.start(config(toy, f"init={folder}"))
     assert begun.encoders is None and begun.lineage == () and len(str(begun.base)) == 64
     build.data(config(toy, f"init={folder}"))

@@ -23,7 +23,7 @@ from helios_train.models import adapters
 from helios_train.models.codecs import dct_codec
 from helios_train.models.loading import WEIGHTS, load_transformer
 from helios_train.models.manifest import read_manifest
-from helios_train.tasks import build, merge
+from helios_train.tasks import merge, weights
 
 Run = Callable[..., None]
 LORA = ("stage.trainable=lora", "stage.lora.rank=4", "stage.lora.alpha=8", "trainer.max_steps=2")
@@ -85,7 +85,7 @@ def velocity(model: HeliosTransformer3DModel) -> Tensor:
 @torch.no_grad()
 def own_forward(run: Path, values: dict[str, Tensor]) -> Tensor:
     """The forward of the run's transformer, adapters and all, with the trained `values`."""
-    model = build.trained(run, "last").start.transformer
+    model = weights.trained(run, "last").start.transformer
     assert adapters.trainable(model).keys() == values.keys()
     for name, parameter in adapters.trainable(model).items():
         parameter.copy_(values[name])
@@ -337,5 +337,5 @@ def test_the_config_goes_along(runs: Path, tiny_run: Run, tmp_path: Path) -> Non
     tiny_run("task=merge", f"init={tmp_path}/run")
     merged = load_transformer(tmp_path / "run" / "merged", torch.float32)
     assert merged.config.zero_history_timestep is False
-    unmerged = build.unadapted(build.trained(tmp_path / "run", "auto"))
+    unmerged = weights.unadapted(weights.trained(tmp_path / "run", "auto"))
     assert torch.equal(velocity(unmerged), velocity(merged))

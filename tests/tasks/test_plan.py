@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from helios_train.conf.compose import compose
+from helios_train.errors import InputError
 from helios_train.memory.ledger import Stretch
 from helios_train.memory.places import DEVICE
 from helios_train.memory.plan import CARDS, Costs, extended, planned
@@ -87,7 +88,7 @@ def test_a_profiler_says_the_same() -> None:
     config = compose(words("base", "stage.trainable=full", "stage.ema.decay=0", "model.layers=3", "data.global_batch=1"))
     found = plan.plan_of(config)
     stage = build.stage(replace(config, init=None)).alone()
-    batch = plan._batch(config)
+    batch = plan.part(config)
     stage.training_step(batch, 0)  # what the optimizer remembers
     before = sum(t.numel() * t.element_size() for t in _held(stage, batch))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as seen:
@@ -103,3 +104,18 @@ def test_a_profiler_says_the_same() -> None:
 def _held(stage: Any, batch: Any) -> list[torch.Tensor]:
     states = [value for optimizer in stage._alone for state in optimizer.state.values() for value in state.values()]
     return [*stage.parameters(), *stage.transformer.buffers(), *states, *plan._tensors(batch)]
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose(words("base", "model.dtype=bf16", "stage.trainable=full", "model.layers=3", "model.ffn_dim=4096"))
+    plain = plan.must_fit(config, 10.0)
+    (away,) = plan.beside(config).values()
+    assert away.peak < plain.peak and away.host > plain.host
+    between = (plain.reserved + away.reserved) / 2
+    with pytest.raises(InputError, match=r"memory=plain: an iteration takes .* GiB, in .*; take memory=h100_80gb"):
+        plan.must_fit(config, between)
+    with pytest.raises(InputError, match="no memory= choice does"):
+        plan.must_fit(config, 0.5)
+    tiny_run(*words("base", "plan.all=true"))
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row.split()[0] for row in rows] == ["memory", "plain", "h100_80gb"] and rows[1].endswith("141 GB")

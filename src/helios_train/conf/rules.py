@@ -45,6 +45,7 @@ def _broken(config: Config) -> Iterator[str]:
         yield from _sum_to_one("stage.mix", {"t2v": mix.t2v, "i2v": mix.i2v, "v2v": mix.v2v, "full": mix.full})
         modes = {"noise": corrupt.noise, "blur": corrupt.blur, "saturation": corrupt.saturation, "clean": corrupt.clean}
         yield from _sum_to_one("stage.corrupt", modes)
+    yield from memory_fits(config)
     yield from _model(config.model)
     if isinstance(config.stage, MidStage):
         pyramid = config.stage.pyramid
@@ -142,10 +143,28 @@ def _model(model: Model) -> Iterator[str]:
         yield f"model.rope_dim: must sum to model.head_dim={model.head_dim}; {written} = {sum(model.rope_dim)}"
 
 
+def memory_fits(config: Config) -> Iterator[str]:
+    """What a memory choice cannot do for this run."""
+    shared = config.memory.name in ("shared_48gb", "nf4_24gb")
+    if shared and isinstance(config.stage, DistillStage) and config.stage.bases == "distinct":
+        yield f"memory={config.memory.name}: holds one base, stage.bases=distinct has two; set stage.bases=shared (or auto)"
+    if config.memory.block_inputs == "host" and not config.memory.checkpointing:
+        yield "memory.block_inputs=host: blocks that are not recomputed have no inputs that wait; set memory.checkpointing=true"
+    if config.memory.optimizer == "host" and config.optimizer.name == "adamw8bit":
+        yield "memory.optimizer=host: 8-bit moments live on the device; take optimizer=adamw, or memory.optimizer=device"
+    if config.memory.optimizer == "host" and config.trainer.devices > 1:
+        yield f"memory.optimizer=host: gradients on the host are one device's, trainer.devices={config.trainer.devices}; take one"
+
+
 def _distill(stage: DistillStage) -> Iterator[str]:
     fewest, most = stage.rollout.sections
     if fewest > most:
         yield f"stage.rollout.sections=[{fewest},{most}]: must be [fewest, most]"
+    if stage.rollout.history == "own" and stage.gan.enabled:
+        yield (
+            "stage.rollout.history=own: the adversary compares with the clip's own next section, which does not follow the "
+            "student's history; set stage.gan.enabled=false, or stage.rollout.history=given"
+        )
     if stage.rollout.history == "given" and most > 1:
         yield (
             f"stage.rollout.sections=[{fewest},{most}]: after a clip's own history there is one section; set "

@@ -107,6 +107,7 @@ class Plan:
 
     output: str | None
     picture: str | None
+    all: bool
     exact: bool
     hfu: Annotated[float, Range(above=0, at_most=1)]
     tflops: Above0
@@ -461,12 +462,15 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class PlainMemory:
-    """Keys of memory=plain."""
+class Memory:
+    """Where bytes live, and what is computed again."""
 
-    name: Literal["plain"]
+    name: str
+    bases: Literal["bf16", "int8", "nf4"]
     checkpointing: bool
     checkpoint_every: Positive
+    block_inputs: Literal["device", "host"]
+    optimizer: Literal["device", "host"]
     gan_replay: bool
 
 
@@ -554,7 +558,7 @@ class Config:
     codec: DctCodec | WanCodec
     text: HashText | Umt5Text
     optimizer: Optimizer
-    memory: PlainMemory
+    memory: Memory
     logger: CsvLogger | TensorBoardLogger | WandbLogger
     watch: Watch
     experiment: Experiment
@@ -581,7 +585,7 @@ GROUPS: dict[str, dict[str, type]] = {
     "text": {"hash": HashText, "umt5": Umt5Text},
     "data": {"toy": ToyData, "folder": FolderData},
     "optimizer": {"": Optimizer},
-    "memory": {"plain": PlainMemory},
+    "memory": {"": Memory},
     "trainer": {"": Trainer},
     "logger": {"csv": CsvLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger},
     "watch": {"": Watch},

@@ -7,7 +7,11 @@ the optimizer steps in fp32. In an fp32 model a weight is its own master.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import HeliosTransformer3DModel
@@ -33,18 +37,27 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
 class Masters:
     """fp32 masters of the trainable weights of a module, by name.
 
-    While a backward runs, each finished gradient is added to its master's and freed.
+    While a backward runs, each finished gradient is added to its master's and freed. `host`: masters and gradients live on the
+    host; `to_host` copies a gradient there, and the step's own work is done inside `there()`.
     """
 
-    def __init__(self, trainable: Mapping[str, nn.Parameter]):
-        self.weights = dict(trainable)
+    def __init__(
+        self,
+        trainable: Mapping[str, nn.Parameter],
+        to_host: Callable[[Tensor], Tensor] | None = None,
+        there: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        self.weights, self.there = dict(trainable), there
         self.masters: dict[str, nn.Parameter] = {}
+        arriving = _Arriving()
+        self._arriving = arriving
         for name, weight in self.weights.items():
-            if weight.dtype == torch.float32:
+            if weight.dtype == torch.float32 and to_host is None:
                 self.masters[name] = weight
                 continue
-            self.masters[name] = nn.Parameter(weight.detach().float())
-            weight.register_post_accumulate_grad_hook(_Collect(self.masters[name]))
+            wide = weight.detach().float()
+            self.masters[name] = nn.Parameter(to_host(wide) if to_host else wide)
+            weight.register_post_accumulate_grad_hook(_Collect(self.masters[name], to_host, arriving, there))
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.masters.values())
@@ -56,9 +69,11 @@ class Masters:
 
     def fill(self) -> list[Tensor]:
         """The gradients, in the order of the names; a missing one counts as zeros."""
-        for master in self:
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
+        self._arriving.wait()
+        with self.there():
+            for master in self:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
         return [master.grad for master in self if master.grad is not None]
 
     def leave_out(self, names: Iterable[str]) -> None:
@@ -86,17 +101,57 @@ class Masters:
         self.publish()
 
 
-class _Collect:
-    """Hook: adds a finished bf16 gradient to its fp32 master's, and frees it."""
+class _Arriving:
+    """Gradients on their way to the host, oldest first: each is added when its copy is done."""
 
-    def __init__(self, master: nn.Parameter):
-        self.master = master
+    def __init__(self) -> None:
+        self._under_way: deque[tuple[torch.cuda.Event, Callable[[], None]]] = deque()
+
+    def add(self, from_gpu: bool, then: Callable[[], None]) -> None:
+        """Does `then` once the copy that was begun last may be read: now, unless it comes from a GPU."""
+        if not from_gpu:
+            then()
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._under_way.append((event, then))
+        while self._under_way and self._under_way[0][0].query():
+            self._under_way.popleft()[1]()
+
+    def wait(self) -> None:
+        """For all of them."""
+        while self._under_way:
+            event, then = self._under_way.popleft()
+            event.synchronize()
+            then()
+
+
+class _Collect:
+    """Hook: adds a finished gradient to its fp32 master's, and frees it."""
+
+    def __init__(
+        self,
+        master: nn.Parameter,
+        to_host: Callable[[Tensor], Tensor] | None,
+        arriving: _Arriving,
+        there: Callable[[], AbstractContextManager[Any]],
+    ):
+        self.master, self.to_host, self.arriving, self.there = master, to_host, arriving, there
 
     def __call__(self, weight: Tensor) -> None:
         if weight.grad is None:
             return
-        if self.master.grad is None:
-            self.master.grad = weight.grad.float()
-        else:
-            self.master.grad += weight.grad
-        weight.grad = None
+        gradient, weight.grad = weight.grad, None
+        if self.to_host is None:
+            self._take(gradient)
+            return
+        copied = self.to_host(gradient)
+        self.arriving.add(gradient.device.type == "cuda", partial(self._take, copied))
+
+    @torch.no_grad()
+    def _take(self, gradient: Tensor) -> None:
+        with self.there():
+            if self.master.grad is None:
+                self.master.grad = gradient.float()
+            else:
+                self.master.grad += gradient

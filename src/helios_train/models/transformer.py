@@ -10,6 +10,7 @@ Tokens run long history, mid, short (the anchor first), target; `split` is where
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -58,6 +59,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         self.kernels = "auto"
         self._checkpoint: Callable[..., Tensor] = checkpoint
         self._every, self._spared = 0, False  # of so many blocks one is checkpointed; 0: none is
+        self._waiting: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext  # keeps a block's input for its recompute
         self._tables: dict[Any, Tensor] = {}
         for block in self.blocks:
             block.__class__ = Block  # the same parameters, another forward
@@ -161,8 +163,12 @@ class HeliosTransformer(HeliosTransformer3DModel):
         features: list[Tensor] = []
         blocks = self.blocks if to_the_end else self.blocks[: wanted[-1] + 1]
         for number, block in enumerate(blocks):
-            run = block if self._kept(number, len(blocks)) else partial(self._checkpoint, block)
-            x_BLD = run(x_BLD, text_BLD, modulation_BR6D, table, split, self.kernels)
+            given = (x_BLD, text_BLD, modulation_BR6D, table, split, self.kernels)
+            if self._kept(number, len(blocks)):
+                x_BLD = block(*given)
+            else:
+                with self._waiting(x_BLD):
+                    x_BLD = self._checkpoint(block, *given)
             if number in wanted:
                 features.append(x_BLD[:, split:])
         if not to_the_end:
@@ -238,6 +244,11 @@ class HeliosTransformer(HeliosTransformer3DModel):
                 layer.processor._attention_backend = BACKENDS[attention]
         if compiled:
             self.compile_repeated_blocks()
+
+    def keep_inputs(self, waiting: Callable[[Tensor], AbstractContextManager[Any]]) -> None:
+        """Where the inputs of checkpointed blocks wait: each block runs inside `waiting(its input)`, as `memory.offload` has
+        it."""
+        self._waiting = waiting
 
     def checkpoint_blocks(self, context: Callable[[], Any] | None = None, every: int = 1, spare_last: bool = True) -> None:
         """Keep only the input of every `every`-th block in the forward and compute that block again in backward.

@@ -143,10 +143,10 @@ class Adversary:
         """
         seen = replace(look, noise=draw.noise.to(x))
 
-        def judged(x: Tensor) -> Tensor:
+        def _judged(x: Tensor) -> Tensor:
             return softplus(self._judge(logits, seen.noised(x), look, draw.crop, text, history)).mean()
 
-        value, (gradient,) = cache_grad(judged, x)
+        value, (gradient,) = cache_grad(_judged, x)
         return value, gradient
 
     def critic_losses(
@@ -166,7 +166,7 @@ class Adversary:
         ]
         figures: dict[str, Tensor] = {}
 
-        def loss(all_of_them: Tensor) -> Tensor:
+        def _loss(all_of_them: Tensor) -> Tensor:
             made, seen = all_of_them[FAKE], all_of_them[REAL]
             figures["margin"] = (made - seen).mean()
             total = self.critic * (softplus(-made).mean() + softplus(seen).mean())
@@ -177,7 +177,7 @@ class Adversary:
                     total = total + weight * figures[name]
             return draw.share * total
 
-        for number, (surrogate, value) in enumerate(in_turn(samples, loss, self.replay), start=1):
+        for number, (surrogate, value) in enumerate(in_turn(samples, _loss, self.replay), start=1):
             last = {name: figure.detach() for name, figure in figures.items()} | {"loss": value}
             yield surrogate, last if number == len(samples) else {}
 

@@ -5,7 +5,10 @@ Stages all-reduce their gradients themselves, once before each optimizer step; a
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import DDPStrategy
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 
 class ReplicaStrategy(DDPStrategy):
@@ -13,3 +16,12 @@ class ReplicaStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """Nothing to wrap."""
+
+
+class OneDevice(SingleDeviceStrategy):
+    """SingleDeviceStrategy that leaves what optimizers remember where their weights are, which may be the host."""
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Gives each optimizer its state back; torch puts it beside the weight it belongs to."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from helios_train.memory.places import read
+from helios_train.memory.places import HOST, Places, placing, read
 from helios_train.models.precision import Masters
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -44,11 +45,15 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class Training:
-    """How a trainee is stepped: its optimizer, learning rate, and the global norm its gradients are clipped to."""
+    """How a trainee is stepped: its optimizer, learning rate, and the global norm its gradients are clipped to.
+
+    host: where masters, moments and gradients live on the host; without, on the device.
+    """
 
     optimizer: OptimizerFactory
     rate: LearningRate
     clip: float
+    host: Places | None = None
 
 
 class Trainee:
@@ -58,7 +63,7 @@ class Trainee:
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], how: Training, names: Sequence[str], name: str = ""):
-        self.masters = Masters(weights)
+        self.masters = Masters(weights, how.host.stow, partial(placing, HOST)) if how.host else Masters(weights)
         self.how, self.names, self.name = how, list(names), name
         self.skipped = 0  # updates left out because a loss or gradient was not finite, in the whole run
         self.skipped_in_a_row = 0
@@ -86,7 +91,7 @@ class Trainee:
         sums, self._sums = self._sums, self._sums.clone() if more else None
         _average_over_devices(gradients, sums)
         norm = nn.utils.clip_grad_norm_(list(self.masters), self.how.clip)
-        finite = bool(read(torch.isfinite(norm) & torch.isfinite(sums[0, -1]), planned=True))
+        finite = bool(read(torch.isfinite(norm).to(sums.device) & torch.isfinite(sums[0, -1]), planned=True))
         if not finite:
             self.masters.clear()  # the step below then changes nothing, and still counts
             self.skipped += 1
@@ -95,7 +100,8 @@ class Trainee:
         rate = self.how.rate(iteration)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
+        with self.masters.there():
+            optimizer.step()
         self.masters.publish()
         self.masters.clear()
         means = {name: sums[0, column] / sums[1, column] for column, name in enumerate(self.names)}  # NaN: no sample seen

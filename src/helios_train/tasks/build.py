@@ -1,17 +1,16 @@
-"""Reads the config, with `recipes` beside it, and nobody else does: turns its groups into built objects."""
+"""Reads the config, with `recipes` and `weights` beside it, and nobody else does: turns its groups into built objects."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from helios_train.conf.compose import typed
 from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
 from helios_train.conf.schema import DistillStage as DistillStageKeys
 from helios_train.conf.schema import MidStage as MidStageKeys
@@ -21,30 +20,31 @@ from helios_train.data.module import LoadSettings, WindowModule
 from helios_train.data.toy import ToySpec
 from helios_train.errors import InputError
 from helios_train.kernels.dispatch import check_kernels
+from helios_train.memory.offload import Offload
 from helios_train.memory.places import HOST, Places
-from helios_train.models import adapters, checkpoint, manifest
+from helios_train.memory.quantized import quantize
+from helios_train.models import adapters, manifest
 from helios_train.models.adapters import NOTHING, Part
 from helios_train.models.attention import check_attention
 from helios_train.models.codecs import SIDE, Codec, dct_codec, wan_codec
 from helios_train.models.ema import Ema
 from helios_train.models.heads import Heads
-from helios_train.models.loading import load_transformer, random_transformer, read_shape
+from helios_train.models.loading import read_shape
 from helios_train.models.precision import DTYPES
 from helios_train.models.roles import CRITIC, STUDENT, Backbone, Roles, as_student
 from helios_train.models.text import HashText, TextEncoder, pad
 from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.objectives.gan import crop_size
-from helios_train.run import RunFolder, iteration_of
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.stages.base import BaseStage
 from helios_train.stages.distill import DistillStage
 from helios_train.stages.mid import MidStage
 from helios_train.stages.ode import OdeStage
 from helios_train.stages.stage import Stage
-from helios_train.tasks import recipes
-
-Encoders = Mapping[str, Mapping[str, Any]]  # "codec" and "text": name, and fingerprint, rows and dim where they are known
+from helios_train.stages.trainee import Training
+from helios_train.tasks import recipes, weights
+from helios_train.tasks.weights import Encoders
 
 CAPTION_DROP = 0.1  # of runs that start from random weights: guidance needs it, and no base model has taught it
 
@@ -191,7 +191,7 @@ def _module(config: Config) -> WindowModule:
 def _same_way(config: Config, teacher: Sequence[Mapping[str, Any]]) -> None:
     """InputError where pairs come from a teacher that is neither the model the student starts from, nor made from it, nor what it
     was made from; `teacher`: what it has been through. Nothing is refused where either is unknown."""
-    own = json.loads(json.dumps([asdict(link) for link in start_lineage(config)])) if config.init else []
+    own = json.loads(json.dumps([asdict(link) for link in weights.start_lineage(config)])) if config.init else []
     links = min(len(own), len(teacher))
     if list(teacher[:links]) == own[:links]:
         return
@@ -226,113 +226,10 @@ def _fits(config: Config, stored: Encoders) -> None:
 
 def _learned_from(init: Path) -> Encoders | None:
     """What the weights of a merged folder, run or checkpoint learned from; None for somebody else's folder, or none."""
-    if is_run(init):
-        return _content(init)[2]["WindowModule"]["encoders"]  # type: ignore[no-any-return]
+    if weights.is_run(init):
+        return weights.content_of(init)[2]["WindowModule"]["encoders"]  # type: ignore[no-any-return]
     known = manifest.read_manifest(init)
     return {"codec": known.codec, "text": known.text} if known else None
-
-
-def is_run(path: Path) -> bool:
-    """Whether a path that gives weights is a run folder or a checkpoint of one."""
-    return path.suffix == ".ckpt" or (path / "config.yaml").is_file()
-
-
-def shape(config: Config) -> dict[str, Any]:
-    """The transformer's config as diffusers names it."""
-    model = config.model
-    return {
-        "num_attention_heads": model.heads,
-        "attention_head_dim": model.head_dim,
-        "num_layers": model.layers,
-        "ffn_dim": model.ffn_dim,
-        "text_dim": model.text_dim,
-        "freq_dim": model.freq_dim,
-        "rope_dim": list(model.rope_dim),
-        "rope_theta": float(model.rope_theta),
-    }
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run's weights come from: the transformer, what it has been through, and the fingerprint of its first weights."""
-
-    transformer: HeliosTransformer
-    lineage: tuple[manifest.Link, ...] = ()
-    base: str | None = None
-    sampler: SamplerSettings | None = None
-    encoders: Encoders | None = None  # what the weights learned from, where that is known
-
-
-def start(config: Config, weights: str = "auto") -> Start:
-    """The transformer of `init` (a folder, a run, a checkpoint), or a random one. Plain weights, nothing trains yet."""
-    dtype = DTYPES[config.model.dtype]
-    if config.init is None:
-        return Start(random_transformer(shape(config), dtype, config.seed))
-    path = Path(config.init)
-    if is_run(path):
-        run = trained(path, weights)
-        settings = recipes.sampler(run.config)
-        return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=settings, encoders=run.encoders)
-    if not path.is_dir():
-        raise InputError(
-            f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt"
-        )
-    known = manifest.read_manifest(path)
-    if known and known.adapters and not (path / "transformer").is_dir():
-        raise InputError(f"init={path}: holds adapters alone; merge their run with merge.adapter_only=false and start from that")
-    _same_shape(config, path)
-    transformer = load_transformer(path, dtype)
-    if known is None:
-        return Start(transformer, base=manifest.fingerprint(path))
-    try:
-        settings = SamplerSettings.read(known.sampler)
-    except TypeError as error:
-        raise InputError(f"{path / manifest.NAME}: sampler has unknown settings ({error}); merge the run again") from error
-    learned = {"codec": known.codec, "text": known.text}
-    return Start(transformer, known.lineage, known.base or manifest.fingerprint(path), settings, learned)
-
-
-def _same_shape(config: Config, folder: Path) -> None:
-    found, wanted = read_shape(folder), shape(config)
-    for name, value in wanted.items():
-        there = found.get(name, value)
-        if (list(there) if isinstance(there, (list, tuple)) else there) != value:
-            raise InputError(
-                f"init={folder}: has {name}={there}, model={config.model.name} has {value}; choose the model of that folder"
-            )
-
-
-def start_lineage(config: Config) -> tuple[manifest.Link, ...]:
-    """What the weights of `init` have been through, without loading them; none of somebody else's folder."""
-    assert config.init is not None
-    known = manifest.read_manifest(Path(config.init))
-    return known.lineage if known else ()
-
-
-def trains_fully(config: Config) -> bool:
-    """Whether every weight trains: as asked, or (auto) where the run starts from random weights."""
-    return config.stage.trainable == "full" or (config.stage.trainable == "auto" and config.init is None)
-
-
-def adapt(config: Config, transformer: HeliosTransformer) -> None:
-    """Makes what the stage trains trainable, and says where a coarse level's tokens are.
-
-    InputError where the model has learned otherwise.
-    """
-    if isinstance(config.stage, MidStageKeys):
-        learned, wanted = transformer.positions, config.stage.pyramid.positions
-        if learned not in ("own", wanted):
-            raise InputError(
-                f"init={config.init}: has learned {learned} positions; set stage.pyramid.positions={learned}, not {wanted}"
-            )
-        transformer.position(wanted)
-    if trains_fully(config):
-        adapters.train_everything(transformer)
-    else:
-        adapters.add_lora(transformer, STUDENT, lora(config), config.seed)
-    transformer.train()
-    if config.memory.checkpointing:
-        transformer.checkpoint_blocks(every=config.memory.checkpoint_every)
 
 
 def computes(config: Config, transformer: HeliosTransformer, trains: bool) -> None:
@@ -343,21 +240,20 @@ def computes(config: Config, transformer: HeliosTransformer, trains: bool) -> No
     heads = shape.num_attention_heads, shape.attention_head_dim
     check_attention(model.attention, *heads, DTYPES[model.dtype], where, trains)
     transformer.compute_with(model.kernels, model.attention, model.compile)
-
-
-def lora(config: Config) -> adapters.Lora:
-    """The adapter of the stage."""
-    return adapters.Lora(**asdict(config.stage.lora))
+    if trains and config.memory.bases != "bf16":
+        quantize(transformer.blocks, config.memory.bases)
+    if trains and config.memory.block_inputs == "host":
+        transformer.keep_inputs(Offload(Places(where)))
 
 
 def stage(config: Config) -> Stage:
     """The stage of a run, from its first weights on."""
     if isinstance(config.stage, DistillStageKeys):
         return distill_stage(config)
-    begun = start(config)
+    begun = weights.start(config)
     if isinstance(config.stage, OdeStageKeys):
         _same_levels(config, begun)
-    adapt(config, begun.transformer)
+    weights.adapt(config, begun.transformer)
     computes(config, begun.transformer, trains=True)
     return stage_of(config, begun.transformer)
 
@@ -365,12 +261,18 @@ def stage(config: Config) -> Stage:
 def stage_of(config: Config, transformer: HeliosTransformer) -> Stage:
     """The stage over a transformer that is ready to train."""
     if isinstance(config.stage, OdeStageKeys):
-        return OdeStage(recipes.ode_objective(config), config.seed, transformer, recipes.training(config))
+        return OdeStage(recipes.ode_objective(config), config.seed, transformer, training(config))
     kind = MidStage if isinstance(config.stage, MidStageKeys) else BaseStage
-    return kind(recipes.base_recipe(config), transformer, recipes.training(config))
+    return kind(recipes.base_recipe(config), transformer, training(config))
 
 
-def _same_levels(config: Config, begun: Start) -> None:
+def training(config: Config) -> Training:
+    """How what is trained first is stepped, and where."""
+    host = Places(device(config)) if config.memory.optimizer == "host" else None
+    return replace(recipes.training(config), host=host)
+
+
+def _same_levels(config: Config, begun: weights.Start) -> None:
     """InputError where a few-step student starts from a model of other levels."""
     assert isinstance(config.stage, OdeStageKeys | DistillStageKeys)
     few, known = recipes.sampler(config), begun.sampler
@@ -386,24 +288,33 @@ def distill_stage(config: Config) -> DistillStage:
     """The cast: teacher and critic on the teacher's base, the student on its own, or (shared) with its lineage on theirs."""
     assert isinstance(config.stage, DistillStageKeys)
     scores = teacher(config)
-    if config.stage.bases == "shared":
+    if shares_base(config):
         student, lineage = scores, shared_lineage(config, scores)
         assert config.init is not None
         student.position(
             read_shape(Path(config.init)).get("positions", "own")
         )  # the teacher has one level, to it they are the same
     else:
-        begun = start(config)
+        begun = weights.start(config)
         _same_levels(config, begun)
         student, lineage = begun.transformer, NOTHING
     adapt_cast(config, student, scores)
     return distill_of(config, student, scores, lineage, negative_text(config))
 
 
+SHARED = ("shared_48gb", "nf4_24gb")  # memory presets that hold one base alone
+
+
+def shares_base(config: Config) -> bool:
+    """Whether all roles of stage=distill stand on one base: as said, or (auto) as the memory preset needs."""
+    assert isinstance(config.stage, DistillStageKeys)
+    return config.stage.bases == "shared" or (config.stage.bases == "auto" and config.memory.name in SHARED)
+
+
 def adapt_cast(config: Config, student: HeliosTransformer, scores: HeliosTransformer) -> None:
     """Puts the adapters of student and critic on plain transformers, which may be one and the same."""
-    adapters.add_lora(student, STUDENT, lora(config), config.seed)
-    following = replace(lora(config), history_adapters=False, history_patches=False)
+    adapters.add_lora(student, STUDENT, weights.lora(config), config.seed)
+    following = replace(weights.lora(config), history_adapters=False, history_patches=False)
     adapters.add_lora(scores, CRITIC, following, config.seed)
 
 
@@ -422,7 +333,7 @@ def distill_of(
         computes(config, backbone.transformer.train(), trains=True)
         if config.memory.checkpointing:
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
-    how, keys = recipes.training(config), config.stage.critic
+    how, keys = training(config), config.stage.critic
     critic = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
     return DistillStage(recipes.distill_recipe(config, negative), roles, how, critic, heads(config, scores))
 
@@ -498,15 +409,15 @@ def teacher(config: Config) -> HeliosTransformer:
             "stage.teacher=null: distribution matching takes a teacher; name the merged folder of the Base model that the "
             "student comes from"
         )
-    return start(replace(config, init=config.stage.teacher)).transformer
+    return weights.start(replace(config, init=config.stage.teacher)).transformer
 
 
 def teacher_sampler(config: Config) -> SamplerSettings:
     """How the teacher is sampled; a folder that does not say is a Base model's."""
     assert isinstance(config.stage, DistillStageKeys) and config.stage.teacher is not None
     folder = Path(config.stage.teacher)
-    if is_run(folder):
-        return recipes.sampler(_content(folder)[1])
+    if weights.is_run(folder):
+        return recipes.sampler(weights.content_of(folder)[1])
     known = manifest.read_manifest(folder)
     return SamplerSettings.read(known.sampler) if known else SamplerSettings()
 
@@ -517,85 +428,3 @@ def ema(config: Config, stage: Stage) -> Ema | None:
     every = config.stage.every if isinstance(config.stage, DistillStageKeys) else 1  # iterations from one update to the next
     to_host = partial(Places(device(config)).put, place=HOST)
     return Ema(stage.masters.state_dict(), settings.decay, settings.start // every, to_host) if settings.decay else None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run's weights at a checkpoint: its config, adapted transformer, and what it trained (fp32, by name)."""
-
-    config: Config
-    start: Start
-    iteration: int
-    which: str
-    values: dict[str, torch.Tensor]
-    dataset: str  # sha256 of the manifest of what it learned from
-    encoders: Encoders  # and how that was encoded
-
-    def folded(self) -> dict[str, torch.Tensor]:
-        """The plain state dict with the trained weights in place."""
-        return adapters.folded(self.start.transformer, self.values)
-
-    def lineage(self) -> tuple[manifest.Link, ...]:
-        """The lineage with this run as its last link."""
-        trained_how = "full" if trains_fully(self.config) else "lora"
-        link = manifest.Link(
-            self.config.stage.name,
-            self.config.recipe.name,
-            self.iteration,
-            self.which,
-            trained_how,
-            self.config.seed,
-            self.dataset,
-        )
-        return (*self.start.lineage, link)
-
-    def model_manifest(self) -> manifest.ModelManifest:
-        """What the merged folder says of itself."""
-        config = self.config
-        return manifest.ModelManifest(
-            lineage=self.lineage(),
-            sampler=asdict(recipes.sampler(config)),
-            codec={key: self.encoders["codec"][key] for key in ("name", "fingerprint")},
-            text={key: self.encoders["text"][key] for key in ("name", "fingerprint", "rows", "dim")},
-            size=config.data.size,
-            base=self.start.base,
-        )
-
-
-def _content(path: Path) -> tuple[Path, Config, dict[str, Any]]:
-    """The checkpoint that a run folder (its newest) or a path names, the config of its run, and what it holds."""
-    if path.suffix == ".ckpt":
-        file, folder = path, RunFolder.open(path.parent.parent)
-    else:
-        folder = RunFolder.open(path)
-        newest = folder.newest_checkpoint()
-        if newest is None:
-            raise InputError(f"{path}: holds no checkpoint yet; let the run reach one (checkpoint.every iterations)")
-        file = newest
-    return file, typed(folder.load_config()), checkpoint.read(file)
-
-
-def trained(path: Path, weights: str) -> Trained:
-    """A run folder (its newest checkpoint) or one of its checkpoints. `weights`: ema, last, or auto (ema where there is one)."""
-    file, config, content = _content(path)
-    averages = [state["average"] for state in content["callbacks"].values() if "average" in state]
-    if weights == "ema" and not averages:
-        raise InputError(f"{file}: has no EMA (stage.ema.decay was 0); use weights=last")
-    which = "ema" if averages and weights != "last" else "last"
-    values = averages[0] if which == "ema" else content["state_dict"]
-    values = {name: value for name, value in values.items() if f".{CRITIC}." not in name}  # which is no part of the model
-    begun = start(config)
-    adapt(config, begun.transformer)
-    expected = {name: tuple(parameter.shape) for name, parameter in adapters.trainable(begun.transformer).items()}
-    checkpoint.audit(expected, values, str(file))
-    data = content["WindowModule"]
-    return Trained(config, begun, iteration_of(file), which, values, data["dataset"], data["encoders"])
-
-
-def unadapted(run: Trained) -> HeliosTransformer:
-    """A plain transformer with the run's weights folded in."""
-    plain = random_transformer(manifest.shape_of(run.start.transformer), DTYPES[run.config.model.dtype], 0)
-    weights = run.folded()
-    checkpoint.audit({name: tuple(value.shape) for name, value in plain.state_dict().items()}, weights, "the folded weights")
-    plain.load_state_dict(weights)
-    return plain

@@ -24,7 +24,7 @@ from helios_train.conf.schema import Config
 from helios_train.errors import ConfigError, InputError
 from helios_train.models import manifest
 from helios_train.run import RunFolder, default_folder, make_unique, newest_first, write, writing
-from helios_train.tasks import build, handoff, merge, sameness, sample, train
+from helios_train.tasks import handoff, merge, sameness, sample, train, weights
 
 NAME = "chain.json"
 OWN = ("task", "experiment", "run_dir", "resume", "init", "chain.", "hydra")  # words that are the chain's, not a link's
@@ -243,7 +243,7 @@ def _samples(folder: Path, record: dict[str, Any], words: str) -> Path:
 
 def _begun(init: str | None, folder: Path) -> Path | None:
     """The weights to begin with. A run or checkpoint is merged first: a merged folder knows its lineage, and stays as it is."""
-    if init is None or not build.is_run(Path(init)):
+    if init is None or not weights.is_run(Path(init)):
         return Path(init) if init else None
     merged = folder / "0_init_merged"
     if not merged.is_dir():

@@ -18,8 +18,9 @@ from helios_train.errors import HeliosError, InputError
 from helios_train.history import FRAMES, SECTION, History
 from helios_train.models import adapters, manifest
 from helios_train.models.loading import load_transformer
+from helios_train.models.roles import STUDENT
 from helios_train.models.transformer import HeliosTransformer
-from helios_train.tasks import build, recipes
+from helios_train.tasks import recipes, weights
 
 # Largest relative change of a forward that folding may make: rounding of sums in fp32, of weights in bf16.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -39,7 +40,7 @@ def run(config: Config, raw: dict[str, Any]) -> None:
         print(f"  {output / file}{': layers that trained in full; the adapter needs them' if 'trained_layers' in file else ''}")
 
 
-def merge(source: Path, output: Path, weights: str, adapter_only: bool = False) -> list[str]:
+def merge(source: Path, output: Path, which: str, adapter_only: bool = False) -> list[str]:
     """Folds what a run trained into its base and writes the folder, which has its name only once it is whole and checked.
 
     `adapter_only`: writes what the run trained, and no base. Returns the files of the run's own adapter, relative to `output`.
@@ -47,14 +48,14 @@ def merge(source: Path, output: Path, weights: str, adapter_only: bool = False) 
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output}: is not empty; choose another merge.output, nothing was overwritten")
-    run_ = build.trained(source, weights)
+    run_ = weights.trained(source, which)
     adapted = run_.start.transformer
-    whole = build.trains_fully(run_.config)
+    whole = weights.trains_fully(run_.config)
     if whole and adapter_only:
         raise InputError(f"{source}: every weight was trained, so there is no adapter; use merge.adapter_only=false")
     plain = {} if adapter_only else run_.folded()
     _put(adapted, run_.values)
-    links = {} if whole else {_link_name(run_): adapters.link_state(adapted, build.STUDENT, run_.values)}
+    links = {} if whole else {_link_name(run_): adapters.link_state(adapted, STUDENT, run_.values)}
     with _appears_whole(output) as unfinished:
         own = {name: manifest.write_adapter(unfinished, name, tensors) for name, tensors in links.items()}
         if adapter_only:
@@ -85,14 +86,14 @@ def _appears_whole(output: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _link_name(run_: build.Trained) -> str:
+def _link_name(run_: weights.Trained) -> str:
     """The stage; a second link of one stage is `<stage>_2`, and so on."""
     stage = run_.config.stage.name
     before = sum(link.stage == stage for link in run_.start.lineage)
     return f"{stage}_{before + 1}" if before else stage
 
 
-def _copy_earlier(run_: build.Trained, folder: Path) -> dict[str, list[str]]:
+def _copy_earlier(run_: weights.Trained, folder: Path) -> dict[str, list[str]]:
     """Copies the adapters of the folder that the run started from; returns their files by link."""
     origin = Path(run_.config.init) if run_.config.init else None
     known = manifest.read_manifest(origin) if origin else None

@@ -26,7 +26,7 @@ from helios_train.models import manifest
 from helios_train.models.codecs import SIDE
 from helios_train.models.text import pad
 from helios_train.sampling.trajectory import Teacher
-from helios_train.tasks import build, prepare, recipes
+from helios_train.tasks import build, prepare, recipes, weights
 from helios_train.tasks.progress import Progress
 
 PLAN = "pairs_plan.json"
@@ -113,7 +113,7 @@ def run(config: Config, raw: dict[str, Any]) -> None:
 
 def _maker(config: Config) -> _Maker:
     assert config.pairs is not None
-    begun = build.start(config)
+    begun = weights.start(config)
     if begun.sampler is None:
         raise InputError(
             f"init={config.init}: does not say how it is sampled (helios_train.json is missing); merge its run again"
@@ -139,11 +139,11 @@ def _numbers(config: Config, shard: int) -> range:
 def _made(config: Config, maker: _Maker) -> dict[str, Any]:
     """What the bytes of all pairs follow from."""
     assert config.pairs is not None and isinstance(config.stage, OdeStage) and config.init is not None
-    lineage = [asdict(link) for link in build.start_lineage(config)]
+    lineage = [asdict(link) for link in weights.start_lineage(config)]
     student = {name: value for name, value in asdict(config.stage.student).items() if name not in ("timesteps", "sigmas")}
     own = {name: value for name, value in asdict(config.pairs).items() if name not in ("output", "part")}
-    weights = manifest.fingerprint(Path(config.init))
-    made = {"teacher": weights, "lineage": lineage, "dataset": maker.data.store.manifest.manifest_sha, "seed": config.seed, **own}
+    teacher = manifest.fingerprint(Path(config.init))
+    made = {"teacher": teacher, "lineage": lineage, "dataset": maker.data.store.manifest.manifest_sha, "seed": config.seed, **own}
     return json.loads(json.dumps({**made, "student": student, "noise": config.stage.pair_noise}))  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,7 @@ rollout keeps the most graphs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -20,16 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helios_train.conf.schema import Config, DistillStage, OdeStage
+from helios_train import rng
+from helios_train.conf import compose, rules
+from helios_train.conf.schema import Config, DistillStage, Memory, OdeStage
+from helios_train.conf.schema import Plan as PlanKeys
 from helios_train.data.batch import Window, WindowPair
 from helios_train.data.format import atomic
 from helios_train.data.order import Ref
 from helios_train.data.pairs import Pair, Trajectory, Walk
 from helios_train.diffusion.rollout import Rollout
+from helios_train.errors import InputError
 from helios_train.history import FRAMES, SECTION, History
 from helios_train.memory.flops import count_flops
 from helios_train.memory.live import LiveCounter
-from helios_train.memory.places import HOST, materialise, placing
+from helios_train.memory.places import HOST, label, materialise, placing, tensors_of
 from helios_train.memory.plan import Costs, Plan, extended, extended_flops, moments, planned
 from helios_train.models import adapters
 from helios_train.models.adapters import NOTHING, Part
@@ -39,10 +43,11 @@ from helios_train.models.precision import DTYPES, cast
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.stages import distill
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build
+from helios_train.tasks import build, weights
 
 DEPTHS = (2, 4)  # blocks that are traced
 BLOCK = 512  # bytes to which CUDA's allocator rounds
+PRESETS = ("plain", "h100_80gb", "shared_48gb", "nf4_24gb")  # memory= choices, fastest first
 LINKS = ("mid", "ode")  # of the lineage of a student on its teacher's base
 CHANNELS = 16
 
@@ -54,9 +59,14 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     plan = plan_of(config)
     print(f"stage {config.stage.name}, model {config.model.name}, memory {config.memory.name}, {_sizes(config)}")
     print(plan.text(), end="", flush=True)
+    record = plan.record()
+    if keys.all:
+        others = {config.memory.name: plan, **beside(config)}
+        print(table(others), end="", flush=True)
+        record["all"] = {name: other.record() for name, other in others.items()}
     if keys.output is not None:
         with atomic(Path(keys.output)) as file:
-            file.write((json.dumps(plan.record(), indent=1) + "\n").encode())
+            file.write((json.dumps(record, indent=1) + "\n").encode())
     if keys.picture is not None:
         with atomic(Path(keys.picture)) as file:
             plan.picture().save(file, format="PNG")
@@ -78,6 +88,47 @@ def plan_of(config: Config) -> Plan:
     return planned(extended(one, other, DEPTHS, depth), extended_flops(some, more, DEPTHS, depth), costs)
 
 
+def beside(config: Config) -> dict[str, Plan]:
+    """The plans of the other `memory=` choices that go with this stage, fastest first."""
+    found = {}
+    for name in PRESETS:
+        keys = compose.plain(compose.compose_plain([f"memory={name}"]))["memory"]
+        other = replace(config, memory=Memory(**keys))
+        if name != config.memory.name and not any(True for _ in rules.memory_fits(other)):
+            found[name] = plan_of(other)
+    return found
+
+
+def table(plans: Mapping[str, Plan]) -> str:
+    """Memory choices side by side: what each takes, in how long, and the cards that hold it."""
+    lines = [f"{'memory':<14}{'peak':>8}{'taken':>8}{'host':>8}{'seconds':>9}  fits"]
+    for name, plan in plans.items():
+        cards = ", ".join(card for card, fits in plan.fits().items() if fits) or "none"
+        lines.append(f"{name:<14}{plan.peak:8.1f}{plan.reserved:8.1f}{plan.host:8.1f}{plan.seconds:9.1f}  {cards}")
+    return "\n".join(lines) + "\n"
+
+
+def must_fit(config: Config, capacity: float) -> Plan:
+    """The plan of a run on a card of that many GiB. InputError where it does not fit, with the choices that do."""
+    plan = plan_of(replace(config, plan=config.plan or _defaults()))
+    if plan.reserved <= capacity:
+        return plan
+    others = {name: other for name, other in beside(replace(config, plan=_defaults())).items() if other.reserved <= capacity}
+    instead = (
+        "take " + " or ".join(f"memory={name} ({other.reserved:.1f} GiB)" for name, other in others.items())
+        if others
+        else "no memory= choice does: take smaller data.size or data.micro_batch, or a larger card"
+    )
+    raise InputError(
+        f"memory={config.memory.name}: an iteration takes {plan.reserved:.1f} GiB, in {plan.moment}, the card has "
+        f"{capacity:.1f}; {instead} (python -m helios_train task=plan tells what it is made of)"
+    )
+
+
+def _defaults() -> PlanKeys:
+    return PlanKeys(**compose.plain(compose.compose_plain(["task=plan"]))["plan"])
+
+
 def _with_blocks(config: Config, blocks: int) -> Config:
     """The same model with so few blocks; heads stand on as many as they would."""
     smaller = replace(config, model=replace(config.model, layers=blocks))
@@ -90,12 +141,15 @@ def traced(config: Config) -> tuple[list[Any], dict[str, float]]:
     """The moments of an iteration, and FLOPs by what they are spent on."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         counter = LiveCounter(granularity=BLOCK)
-        stage, batch = _stage(config).alone(), _batch(config)
+        stage, batch = _stage(config).alone(), part(config)
         with placing(HOST):
             ema = build.ema(config, stage)
         for trainee, optimizer in zip(stage.trainees, stage._alone, strict=True):
             trainee.masters.fill()
             optimizer.step()  # what it remembers is there from now on
+            made = [[one.grad for one in trainee.masters], [list(state.values()) for state in optimizer.state.values()]]
+            for tensor in tensors_of(made) if trainee.how.host else ():
+                label(tensor.untyped_storage(), HOST)
             if _parts(config) == 1:
                 trainee.masters.clear()
         _claim(counter, stage, batch, ema)
@@ -118,7 +172,7 @@ def _flops(config: Config) -> dict[str, float]:
     """Of one iteration, by moment: counted in a pass of its own."""
     spent: dict[str, float] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stage, batch = _stage(config).alone(), _batch(config)
+        stage, batch = _stage(config).alone(), part(config)
 
         def _count(name: str, work: Callable[[], Any]) -> None:
             spent[name] = spent.get(name, 0.0) + _parts(config) * count_flops(work)
@@ -173,8 +227,8 @@ def _tensors(batch: Any) -> list[Tensor]:
 def _labelled(stage: Stage, moment: Callable[[str], Any], count: Callable[[str, Callable[[], Any]], Any] | None = None) -> Any:
     """Inside, every call of a network, every backward and every optimizer step is a moment; `count` is given each instead."""
 
-    def named(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any, **words: Any) -> Any:
+    def _named(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def _call(*given: Any, **words: Any) -> Any:
             if count is None:
                 with moment(name):
                     return work(*given, **words)
@@ -182,7 +236,7 @@ def _labelled(stage: Stage, moment: Callable[[str], Any], count: Callable[[str, 
             count(name, lambda: kept.append(work(*given, **words)))
             return kept[0]
 
-        return call
+        return _call
 
     @contextmanager
     def _inside() -> Iterator[None]:
@@ -190,16 +244,16 @@ def _labelled(stage: Stage, moment: Callable[[str], Any], count: Callable[[str, 
             whole = stage.cast
             stage.cast = replace(
                 whole,
-                student=named("student", whole.student),
-                teacher=named("teacher", whole.teacher),
-                critic=named("critic", whole.critic),
-                logits=named("adversary", whole.logits) if whole.logits else None,
+                student=_named("student", whole.student),
+                teacher=_named("teacher", whole.teacher),
+                critic=_named("critic", whole.critic),
+                logits=_named("adversary", whole.logits) if whole.logits else None,
             )
         else:
-            stage.transformer.velocity = named("network", stage.transformer.velocity)  # type: ignore[method-assign]
+            stage.transformer.velocity = _named("network", stage.transformer.velocity)  # type: ignore[method-assign]
         for trainee in stage.trainees:
-            trainee.add = named(f"backward {trainee.name}".strip(), trainee.add)  # type: ignore[method-assign]
-            trainee.step = named(f"step {trainee.name}".strip(), trainee.step)  # type: ignore[method-assign]
+            trainee.add = _named(f"backward {trainee.name}".strip(), trainee.add)  # type: ignore[method-assign]
+            trainee.step = _named(f"step {trainee.name}".strip(), trainee.step)  # type: ignore[method-assign]
         yield
 
     return _inside()
@@ -215,14 +269,22 @@ class _MostGraphs(Rollout):
         return (counts[0] - 1, *(0 for _ in counts[1:]))
 
 
-def _stage(config: Config) -> Stage:
+def stage_with_weights(config: Config) -> Stage:
+    """The stage that is planned, with small random weights, the same each time: for running what a plan describes."""
+    return _stage(config, fake=False)
+
+
+def _stage(config: Config, fake: bool = True) -> Stage:
     """The stage of a run, without weights."""
     if not isinstance(config.stage, DistillStage):
-        transformer = materialise(partial(_adapted, config), True, fill_buffers)
+        transformer = materialise(partial(_adapted, config), fake, fill_buffers)
+        _fill(transformer, fake)
         assert isinstance(transformer, HeliosTransformer)
         return build.stage_of(config, transformer)
-    shared = config.stage.bases == "shared"
-    both = list(materialise(partial(_cast, config, shared), True, _fill_all).children())
+    shared = build.shares_base(config)
+    modules = materialise(partial(_cast, config, shared), fake, _fill_all)
+    _fill(modules, fake)
+    both = list(modules.children())
     student, scores = both[0], both[-1]
     assert isinstance(student, HeliosTransformer) and isinstance(scores, HeliosTransformer)
     started = replace(config, stage=replace(config.stage, gan=replace(config.stage.gan, start=0)))
@@ -233,21 +295,27 @@ def _stage(config: Config) -> Stage:
     return stage
 
 
+@torch.no_grad()
+def _fill(module: nn.Module, fake: bool) -> None:
+    for number, weight in enumerate([] if fake else module.parameters()):
+        weight.copy_(0.02 * rng.normal(rng.generator(0, "weight", number), weight.shape))
+
+
 def _adapted(config: Config) -> nn.Module:
-    transformer = HeliosTransformer(**build.shape(config))
+    transformer = HeliosTransformer(**weights.shape(config))
     cast(transformer, DTYPES[config.model.dtype])
-    build.adapt(replace(config, init=config.init or "somewhere"), transformer)
+    weights.adapt(replace(config, init=config.init or "somewhere"), transformer)
     return transformer
 
 
 def _cast(config: Config, shared: bool) -> nn.Module:
     """One transformer that plays all roles, with a lineage of two links, or two."""
-    found = [HeliosTransformer(**build.shape(config)) for _ in range(1 if shared else 2)]
+    found = [HeliosTransformer(**weights.shape(config)) for _ in range(1 if shared else 2)]
     for transformer in found:
         cast(transformer, DTYPES[config.model.dtype])
     if shared:
         for link in LINKS:
-            adapters.add_lora(found[0], link, replace(build.lora(config), history_patches=False), config.seed)
+            adapters.add_lora(found[0], link, replace(weights.lora(config), history_patches=False), config.seed)
             found[0].requires_grad_(False)
     build.adapt_cast(config, found[0], found[-1])
     return nn.ModuleList(found)
@@ -258,8 +326,8 @@ def _fill_all(modules: nn.Module) -> None:
         fill_buffers(module)
 
 
-def _batch(config: Config) -> Any:
-    """One part, of ones."""
+def part(config: Config) -> Any:
+    """One part of an iteration, of ones: what a stage's training_step takes."""
     if isinstance(config.stage, OdeStage):
         return [Pair(_trajectory(config), Ref(0, 0, 0, 0))]
     if isinstance(config.stage, DistillStage):
@@ -287,10 +355,12 @@ def _trajectory(config: Config) -> Trajectory:
     few, (rows, columns) = config.stage.student, (side // SIDE for side in config.data.size)
     levels = len(few.steps)
 
-    def walk(level: int, count: int) -> Walk:
+    def _walk(level: int, count: int) -> Walk:
         size = (rows >> (levels - 1 - level), columns >> (levels - 1 - level))
         times = np.linspace(900, 500, count, dtype=np.float32)
         return Walk(torch.ones(count + 1, CHANNELS, SECTION, *size), times)
 
-    sections = tuple(tuple(walk(level, count) for level, count in enumerate(few.steps)) for _ in range(config.stage.sections + 1))
+    sections = tuple(
+        tuple(_walk(level, count) for level, count in enumerate(few.steps)) for _ in range(config.stage.sections + 1)
+    )
     return Trajectory(sections, torch.ones(1, config.text.rows, config.text.dim))

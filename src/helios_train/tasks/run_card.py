@@ -13,7 +13,7 @@ from helios_train.models.adapters import group_of
 from helios_train.models.manifest import shown_encoder
 from helios_train.models.precision import Masters
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, recipes
+from helios_train.tasks import recipes, weights
 
 
 def counts(masters: Masters) -> dict[str, int]:
@@ -28,7 +28,7 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
     """The page: what trains, on what, how, and where each number of the recipe comes from. `disk`: bytes of checkpoints kept."""
     total = sum(parameter.numel() for parameter in stage.transformer.parameters())
     trained = counts(stage.masters)
-    how = "every weight" if build.trains_fully(config) else f"LoRA rank {config.stage.lora.rank} and what is named below"
+    how = "every weight" if weights.trains_fully(config) else f"LoRA rank {config.stage.lora.rank} and what is named below"
     batch, micro, devices = config.data.global_batch, config.data.micro_batch, config.trainer.devices
     accumulated = f"{batch // micro // devices} accumulated{_levels(config)}"
     clips, stored = len(data.store) - len(data.held_out), data.store.manifest

@@ -30,7 +30,7 @@ from helios_train.sampling.output import SavedVideo, VideoFiles
 from helios_train.sampling.pipeline import SamplerSettings, Sections, build_pipeline, grown, pixels
 from helios_train.sampling.script import Script
 from helios_train.sampling.start import from_nothing
-from helios_train.tasks import build, recipes
+from helios_train.tasks import build, recipes, weights
 
 SHOWN = 60  # characters of a caption in a file's name
 
@@ -53,7 +53,7 @@ def run(config: Config, raw: dict[str, Any]) -> None:
         prompts = [*(wanted.prompt or toy_captions(origin.config, wanted.count))]
     encoded = Encoded(text, prompts)
     text.unload()
-    begun = build.start(config, wanted.weights)
+    begun = weights.start(config, wanted.weights)
     _same_encoders(config, begun.encoders, now)
     device = build.device(config)
     build.computes(config, begun.transformer, trains=False)

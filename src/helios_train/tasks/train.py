@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 
@@ -27,9 +28,9 @@ from helios_train.errors import InputError
 from helios_train.models.checkpoint import AtomicCheckpointIO
 from helios_train.models.ema import Ema
 from helios_train.run import RunFolder, default_folder, find_resumable, iteration_of, write
-from helios_train.stages.replicas import ReplicaStrategy
+from helios_train.stages.replicas import OneDevice, ReplicaStrategy
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, handoff, prepare, recipes, run_card, sameness, watching
+from helios_train.tasks import build, handoff, plan, prepare, recipes, run_card, sameness, watching
 
 PATIENCE = timedelta(hours=6)  # for which devices wait for the first one to sample a video
 RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
@@ -50,6 +51,9 @@ def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: P
     if main:
         prepare.toy_shards(config)
     data = build.data(config)
+    where = build.device(config)
+    if where.type == "cuda":
+        print(plan.must_fit(config, torch.cuda.get_device_properties(where).total_memory / 2**30).text(), flush=True)
     stage = build.stage(config)
     ema = build.ema(config, stage)
     done = iteration_of(checkpoint) if checkpoint else 0
@@ -158,7 +162,7 @@ def trainer(config: Config, folder: RunFolder, callbacks: list[Callback], logger
     return L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
-        strategy=ReplicaStrategy(timeout=PATIENCE) if config.trainer.devices > 1 else "auto",
+        strategy=ReplicaStrategy(timeout=PATIENCE) if config.trainer.devices > 1 else OneDevice(build.device(config)),
         max_steps=config.trainer.max_steps,
         max_epochs=-1,
         precision="32-true",

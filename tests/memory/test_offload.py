@@ -1,0 +1,84 @@
+"""Where bytes live changes no number: host optimizer and offloaded block inputs against everything on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from helios_train.conf.compose import compose
+from helios_train.errors import ConfigError
+from helios_train.memory.places import DEVICE, HOST
+from helios_train.tasks import build, plan
+
+TINY = ("model.head_dim=16", "model.rope_dim=[8,4,4]", "model.ffn_dim=64", "model.layers=3", "data.size=[64,64]")
+TINY += ("data.global_batch=2", "data.micro_batch=1", "stage.lora.rank=4", "init=somewhere")
+STAGES = {
+    "base": ("stage=base",),
+    "mid": ("stage=mid", "stage.trainable=full"),
+    "ode": ("stage=ode", "stage.student.steps=[2,2]"),
+    "distill": ("stage=distill", "stage.student.steps=[2,2]", "stage.gan.head_width=32", "stage.gan.start=0"),
+}
+ON_DEVICE = ("memory.checkpointing=true",)
+AWAY = ("memory=h100_80gb",)
+
+
+def trained(words: tuple[str, ...], how: tuple[str, ...]) -> tuple[Any, dict[str, Tensor], list[dict[str, float]]]:
+    """A stage after three iterations, its weights, and what it logged."""
+    config = compose(["task=plan", *TINY, *words, *how])
+    stage, batch, logged = plan.stage_with_weights(config).alone(), plan.part(config), []
+    for iteration in range(3):
+        stage.training_step(batch, iteration)
+        logged.append({name: float(value) for name, value in stage.last.items()})
+    return stage, stage.state_dict(), logged
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_everything_away_is_everything_there_bit_for_bit(name: str, dtype: str) -> None:
+    words = (*STAGES[name], f"model.dtype={dtype}")
+    (_, plain, one), (stage, away, other) = (trained(words, how) for how in (ON_DEVICE, AWAY))
+    assert plain.keys() == away.keys()
+    for key, value in plain.items():
+        assert torch.equal(value, away[key]), key
+    assert repr(one) == repr(other)
+    for trainee in stage.trainees:
+        for key, master in trainee.masters.masters.items():
+            weight = trainee.masters.weights[key]
+            assert master is not weight and weight.grad is None
+            assert torch.equal(weight, master.to(weight.dtype))
+
+
+def test_the_host_has_what_it_should_and_the_device_the_less() -> None:
+    """Masters, moments, gradients and waiting inputs are counted on the host, and only there."""
+    plans = [
+        plan.plan_of(compose(["task=plan", *TINY, *STAGES["distill"], "model.dtype=bf16", *how])) for how in (ON_DEVICE, AWAY)
+    ]
+    there, away = plans
+    moved = {f"{what} {who}" for what in ("masters", "optimizer") for who in ("student", "critic")}
+    assert moved <= set(there.groups) and not moved & set(away.groups)
+    assert moved <= set(away.host_groups) and not any(group.startswith("gradients") for group in away.groups)
+    assert away.peak < there.peak and away.host > there.host
+    assert any(host > 0 for _, _, host in away.timeline) and DEVICE != HOST
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("memory.block_inputs=host",), "set memory.checkpointing=true"),
+        (("memory.optimizer=host", "optimizer=adamw8bit"), "take optimizer=adamw"),
+        (("memory.optimizer=host", "trainer.devices=2", "data.global_batch=4"), "take one"),
+    ],
+)
+def test_what_does_not_go_together(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose([*words])
+
+
+def test_a_stage_on_the_host_stays_there_in_a_checkpoint() -> None:
+    stage, _, _ = trained(STAGES["base"], AWAY)
+    state = stage._alone[0].state_dict()
+    stage._alone[0].load_state_dict(state)
+    assert build.training(compose(["memory=h100_80gb"])).host is not None and len(state["state"]) == len(stage.masters.masters)
