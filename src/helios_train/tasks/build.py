@@ -338,6 +338,11 @@ def distill_of(
     return DistillStage(recipes.distill_recipe(config, negative), roles, how, critic, heads(config, scores))
 
 
+def head_blocks(depth: int) -> list[int]:
+    """The blocks whose tokens have a head, of so many: 5, 15, 25 and 35 of the published 40, and as deep in others."""
+    return sorted({depth * eighth // 8 for eighth in (1, 3, 5, 7)})
+
+
 def heads(config: Config, scores: HeliosTransformer) -> Heads | None:
     """The heads of the adversary on the critic's network; None where there is no adversary. InputError for blocks it lacks."""
     assert isinstance(config.stage, DistillStageKeys)
@@ -345,7 +350,7 @@ def heads(config: Config, scores: HeliosTransformer) -> Heads | None:
     if not keys.enabled:
         return None
     width, depth = shape.num_attention_heads * shape.attention_head_dim, shape.num_layers
-    blocks = sorted({depth * eighth // 8 for eighth in (1, 3, 5, 7)}) if keys.blocks is None else list(keys.blocks)
+    blocks = head_blocks(depth) if keys.blocks is None else list(keys.blocks)
     if not blocks or blocks != sorted(set(blocks)) or blocks[-1] >= depth:
         raise InputError(f"stage.gan.blocks={blocks}: the model has blocks 0 to {depth - 1}; give some of them, rising")
     rows, columns = (side // SIDE for side in config.data.size)

@@ -45,7 +45,7 @@ from helios_train.stages import distill
 from helios_train.stages.stage import Stage
 from helios_train.tasks import build, weights
 
-DEPTHS = (2, 4)  # blocks that are traced
+FEWEST = 2  # blocks that are traced, and two more
 BLOCK = 512  # bytes to which CUDA's allocator rounds
 PRESETS = ("plain", "h100_80gb", "shared_48gb", "nf4_24gb")  # memory= choices, fastest first
 LINKS = ("mid", "ode")  # of the lineage of a student on its teacher's base
@@ -80,12 +80,30 @@ def _sizes(config: Config) -> str:
 def plan_of(config: Config) -> Plan:
     """The plan of one iteration: traced at two depths and extended, or with `plan.exact` at the model's own."""
     assert config.plan is not None
-    costs, depth = Costs(config.plan.tflops * 1e12, config.plan.hfu), config.model.layers
-    if config.plan.exact or depth <= DEPTHS[1]:
+    costs, depth, heads = Costs(config.plan.tflops * 1e12, config.plan.hfu), config.model.layers, _heads(config)
+    few = max(FEWEST, heads)
+    depths = few, few + 2
+    if config.plan.exact or depth <= depths[1]:
         report, flops = traced(config)
         return planned(report, flops, costs)
-    (one, some), (other, more) = (traced(_with_blocks(config, blocks)) for blocks in DEPTHS)
-    return planned(extended(one, other, DEPTHS, depth), extended_flops(some, more, DEPTHS, depth), costs)
+    (one, some), (other, more) = (traced(_with_blocks(config, blocks, heads)) for blocks in depths)
+    return planned(extended(one, other, depths, depth), extended_flops(some, more, depths, depth), costs)
+
+
+def _heads(config: Config) -> int:
+    """How many blocks have a discriminator head, which is no matter of depth."""
+    if not isinstance(config.stage, DistillStage) or not config.stage.gan.enabled:
+        return 0
+    blocks = config.stage.gan.blocks
+    return len(build.head_blocks(config.model.layers) if blocks is None else blocks)
+
+
+def _with_blocks(config: Config, blocks: int, heads: int) -> Config:
+    """The same model with so few blocks, and as many heads."""
+    smaller = replace(config, model=replace(config.model, layers=blocks))
+    if not heads or not isinstance(config.stage, DistillStage):
+        return smaller
+    return replace(smaller, stage=replace(config.stage, gan=replace(config.stage.gan, blocks=tuple(range(heads)))))
 
 
 def beside(config: Config) -> dict[str, Plan]:
@@ -127,14 +145,6 @@ def must_fit(config: Config, capacity: float) -> Plan:
 
 def _defaults() -> PlanKeys:
     return PlanKeys(**compose.plain(compose.compose_plain(["task=plan"]))["plan"])
-
-
-def _with_blocks(config: Config, blocks: int) -> Config:
-    """The same model with so few blocks; heads stand on as many as they would."""
-    smaller = replace(config, model=replace(config.model, layers=blocks))
-    if not isinstance(config.stage, DistillStage):
-        return smaller
-    return replace(smaller, stage=replace(config.stage, gan=replace(config.stage.gan, blocks=None)))
 
 
 def traced(config: Config) -> tuple[list[Any], dict[str, float]]:
