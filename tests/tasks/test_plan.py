@@ -49,13 +49,14 @@ def test_extension_by_depth_is_the_exact_trace(name: str) -> None:
         assert near.flops[what] == pytest.approx(flops, rel=0.01), what
 
 
+@pytest.mark.slow
 def test_the_whole_cast_by_group() -> None:
     """Two bases, two adapters with heads, their moments and gradients, the average on the host; nothing is nobody's for long."""
     found = plan.plan_of(compose(words("distill", "model.layers=2")))
     assert {"weights student", "weights teacher and critic", "trainable student", "trainable critic", "gradients student"} <= set(
         found.groups
     )
-    assert set(found.host_groups) == {"EMA"} and found.host == found.host_groups["EMA"]
+    assert 0 < found.host_groups["EMA"] <= found.host == pytest.approx(sum(found.host_groups.values()))
     moments = [name for name, _, _ in found.timeline]
     assert moments.index("student") < moments.index("teacher") < moments.index("backward student") < moments.index("step student")
     assert moments[-3:] == ["backward critic", "step critic", "average"] and "adversary" in moments
@@ -84,9 +85,11 @@ def test_a_plan_that_fits_some_cards() -> None:
     assert extended([stretch], [stretch], (2, 4), 40)[0].peak[DEVICE] == 60 * 2**30
 
 
+@pytest.mark.slow
 def test_a_profiler_says_the_same() -> None:
     """An independent witness on a real step: torch's own record of allocations, against the plan, within 5 %."""
-    config = compose(words("base", "stage.trainable=full", "stage.ema.decay=0", "model.layers=3", "data.global_batch=1"))
+    size = ("model=small", "model.layers=3", "data.size=[128,128]", "data.global_batch=1", "data.micro_batch=1")
+    config = compose(["task=plan", "stage=base", *size, "init=somewhere", "stage.trainable=full", "stage.ema.decay=0"])
     found = plan.plan_of(config)
     stage = build.stage(replace(config, init=None)).alone()
     batch = plan.part(config)
@@ -110,13 +113,18 @@ def _held(stage: Any, batch: Any) -> list[torch.Tensor]:
 def test_a_run_that_does_not_fit_is_refused_with_what_would(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     config = compose(words("base", "model.dtype=bf16", "stage.trainable=full", "model.layers=3", "model.ffn_dim=4096"))
     plain = plan.must_fit(config, 10.0)
-    (away,) = plan.beside(config).values()
-    assert away.peak < plain.peak and away.host > plain.host
+    others = plan.beside(config)
+    away = others["h100_80gb"]
+    assert away.peak < plain.peak and away.host > plain.host and others["nf4_24gb"].peak <= away.peak
     between = (plain.reserved + away.reserved) / 2
-    with pytest.raises(InputError, match=r"memory=plain: an iteration takes .* GiB, in .*; take memory=h100_80gb"):
+    with pytest.raises(
+        InputError, match=r"memory=plain: an iteration takes .* GiB, in .*; take memory=h100_80gb .* or memory=shared_48gb"
+    ):
         plan.must_fit(config, between)
     with pytest.raises(InputError, match="no memory= choice does"):
         plan.must_fit(config, 0.5)
     tiny_run(*words("base", "plan.all=true"))
-    rows = capsys.readouterr().out.splitlines()[-3:]
-    assert [row.split()[0] for row in rows] == ["memory", "plain", "h100_80gb"] and rows[1].endswith("141 GB")
+    rows = capsys.readouterr().out.splitlines()[-5:]
+    assert [row.split()[0] for row in rows] == ["memory", "plain", "h100_80gb", "shared_48gb", "nf4_24gb"] and rows[1].endswith(
+        "141 GB"
+    )
