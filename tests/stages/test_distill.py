@@ -17,7 +17,7 @@ from helios_train.conf.compose import compose
 from helios_train.conf.schema import Config
 from helios_train.data.batch import Window, WindowPair
 from helios_train.data.order import Ref
-from helios_train.errors import InputError
+from helios_train.errors import ConfigError, InputError
 from helios_train.history import FRAMES, SECTION, History, mix
 from helios_train.models.loading import random_transformer
 from helios_train.models.roles import CRITIC, STUDENT, TEACHER
@@ -195,7 +195,9 @@ def test_the_number_of_sections() -> None:
 
 def test_rollouts_on_their_own_history(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clip's history is not looked at, sections follow one another, gradient is of the last."""
-    stage = built(config("stage.rollout.history=own", "stage.rollout.sections=[3,3]"))
+    with pytest.raises(ConfigError, match="does not follow the student's history; set stage.gan.enabled=false"):
+        config("stage.rollout.history=own")
+    stage = built(config("stage.rollout.history=own", "stage.rollout.sections=[3,3]", "stage.gan.enabled=false"))
     told, sections = stage.told(window(0, 0), STUDENT)
     assert sections == 3 and told.history.empty == (True,)
     calls: list[tuple[int, bool]] = []

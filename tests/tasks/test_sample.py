@@ -28,7 +28,7 @@ from helios_train.sampling.drift import DriftGuard
 from helios_train.sampling.inputs import load_image
 from helios_train.sampling.pipeline import SamplerSettings
 from helios_train.sampling.script import Script
-from helios_train.tasks import build, sample
+from helios_train.tasks import sample, weights
 
 Run = Callable[..., None]
 SIZE = (32, 64)
@@ -187,7 +187,7 @@ def test_captions_are_encoded_before_the_transformer_is_there(
     trained: Path, tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    for owner, name in ((HashText, "encode"), (HashText, "unload"), (build, "start")):
+    for owner, name in ((HashText, "encode"), (HashText, "unload"), (weights, "start")):
         monkeypatch.setattr(owner, name, recorded(events, name, getattr(owner, name)))
     tiny_run(*QUICK, f"init={trained}/merged", "sample.prompt=[one,two]", f"sample.output={tmp_path}")
     assert events == ["encode", "unload", "start"]
@@ -208,7 +208,7 @@ def test_other_encoders_than_the_training_s(
     other = "text.rows=8", f"sample.output={tmp_path}"
     message = r"text: init=\S+ has hash .*16 rows.*this config has hash .*8 rows.*text=hash"
     with monkeypatch.context() as patched, pytest.raises(InputError, match=message):
-        patched.setattr(build, "start", lambda *_: pytest.fail("loaded"))
+        patched.setattr(weights, "start", lambda *_: pytest.fail("loaded"))
         tiny_run(*QUICK, *other, f"init={trained}/merged")
     assert not any(tmp_path.iterdir())
     tiny_run(*QUICK, *other, f"init={trained}")
