@@ -2,7 +2,8 @@
 
 Reads the chain folder of one seed, made by
     python -m helios_train experiment=toy_chain seed=SEED run_dir=runs/evidence/mid_SEED resume=auto \\
-        'chain.links=["experiment=toy_base data.size=[64,128] trainer.max_steps=1200", "experiment=toy_mid trainer.max_steps=600"]'
+        'chain.links=["experiment=toy_base data.size=[64,128] trainer.max_steps=1200", \\
+            "experiment=toy_mid trainer.max_steps=600"]'
 samples the captions of held-out clips from both merged models, and adds what the mid run measured on held-out clips: losses by
 level at its begin and end, and what dropping the history costs each. Writes results/evidence/mid_against_base_SEED.json, arm by
 arm; an arm that is there is not sampled again.
