@@ -160,6 +160,13 @@ def test_published_phases_of_the_few_step_stages() -> None:
     assert (regression.stage.sections, regression.stage.weight, regression.stage.ema.start) == (3, 80.0, 250)
     assert (matching.stage.every, matching.stage.guidance, matching.stage.critic.lr) == (5, 3.0, 4e-7)
     assert compose(["experiment=ode_init", "task=pairs"]).pairs.count == 1000
+    judged = compose(["experiment=distill_released_gan"])
+    assert not matching.stage.gan.enabled and judged.stage.gan.enabled and judged.recipe.name == "released"
+    faults = judged.stage.gan
+    assert (faults.real, faults.crops, faults.offsets) == ("other", "each", False)
+    assert (faults.critic_steps, faults.heads_from) == ("two", "begin")
+    assert (faults.start, faults.student_weight, faults.critic_weight) == (1000, 0.05, 0.01)
+    assert (faults.r1, faults.r1_sigma, faults.r2) == (100.0, 0.1, 0.0)
 
 
 def test_toy_base() -> None:

@@ -87,7 +87,7 @@ def test_real_and_fake_agree_to_the_byte(shared: bool) -> None:
 
 @pytest.mark.parametrize("replay", [True, False])
 def test_with_an_adversary_too_but_for_a_scalar(replay: bool) -> None:
-    """A convolution's backward keeps its weight's gradient a scalar longer or shorter when real."""
+    """The peaks differ by four bytes of some nine million; which scalar lives longer when real was not found."""
     config = compose([*TINY, f"memory.gan_replay={str(replay).lower()}"])
     (real, trained), (fake, planned) = (step(config, fake, 2) for fake in (False, True))
     assert real.peak[DEVICE] == pytest.approx(fake.peak[DEVICE], abs=16) and real.live == fake.live

@@ -110,9 +110,14 @@ def _held(stage: Any, batch: Any) -> list[torch.Tensor]:
     return [*stage.parameters(), *stage.transformer.buffers(), *states, *plan._tensors(batch)]
 
 
-def test_a_run_that_does_not_fit_is_refused_with_what_would(tiny_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_does_not_fit_is_refused_with_what_would(
+    tiny_run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = compose(words("base", "model.dtype=bf16", "stage.trainable=full", "model.layers=3", "model.ffn_dim=4096"))
-    plain = plan.must_fit(config, 10.0)
+    assert plan.must_fit(config, 79.2) is None, "a model this small is not worth a trace"
+    monkeypatch.setattr(plan, "FEW", 0.0)
+    plain = plan.must_fit(config, 1.5)
+    assert plain is not None
     others = plan.beside(config)
     away = others["h100_80gb"]
     assert away.peak < plain.peak and away.host > plain.host and others["nf4_24gb"].peak <= away.peak
@@ -128,3 +133,13 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(tiny_run: Run, capsy
     assert [row.split()[0] for row in rows] == ["memory", "plain", "h100_80gb", "shared_48gb", "nf4_24gb"] and rows[1].endswith(
         "141 GB"
     )
+
+
+def test_a_machine_with_a_gpu_plans_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace is the CPU's: nothing of it is put on the GPU that a run there would use."""
+    config = compose(words("base", "model.layers=1", "memory=h100_80gb"))
+    here = plan.plan_of(config)
+    device = build.device
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(build, "device", lambda config: device(config) if config.trainer.accelerator == "cpu" else gpu)
+    assert plan.plan_of(config) == here

@@ -23,6 +23,7 @@ from helios_train.conf.schema import (
 )
 from helios_train.errors import ConfigError
 
+ONE_BASE = ("shared_48gb", "nf4_24gb")  # memory presets that hold one base alone
 MOST_LEVELS, TABLE = 4, 1000  # of a pyramid; entries of the table of noise levels
 NOMINAL_SIDE = 64  # pixels of the shorter side that lengths of toy videos are given for
 ROUNDING = 1e-6  # shares may sum to 1 within this
@@ -145,8 +146,7 @@ def _model(model: Model) -> Iterator[str]:
 
 def memory_fits(config: Config) -> Iterator[str]:
     """What a memory choice cannot do for this run."""
-    shared = config.memory.name in ("shared_48gb", "nf4_24gb")
-    if shared and isinstance(config.stage, DistillStage) and config.stage.bases == "distinct":
+    if config.memory.name in ONE_BASE and isinstance(config.stage, DistillStage) and config.stage.bases == "distinct":
         yield f"memory={config.memory.name}: holds one base, stage.bases=distinct has two; set stage.bases=shared (or auto)"
     if config.memory.block_inputs == "host" and not config.memory.checkpointing:
         yield "memory.block_inputs=host: blocks that are not recomputed have no inputs that wait; set memory.checkpointing=true"

@@ -58,6 +58,8 @@ class Masters:
             wide = weight.detach().float()
             self.masters[name] = nn.Parameter(to_host(wide) if to_host else wide)
             weight.register_post_accumulate_grad_hook(_Collect(self.masters[name], to_host, arriving, there))
+        if to_host and any(weight.is_cuda for weight in self.weights.values()):
+            torch.cuda.synchronize()  # the copies were only begun
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.masters.values())

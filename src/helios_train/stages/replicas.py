@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 
@@ -20,6 +21,10 @@ class ReplicaStrategy(DDPStrategy):
 
 class OneDevice(SingleDeviceStrategy):
     """SingleDeviceStrategy that leaves what optimizers remember where their weights are, which may be the host."""
+
+    def __init__(self, device: torch.device):
+        """`device`: the CPU, or the first GPU, which takes its number."""
+        super().__init__(torch.device(device.type, 0) if device.type == "cuda" else device)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives each optimizer its state back; torch puts it beside the weight it belongs to."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from helios_train.conf.rules import ONE_BASE
 from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
 from helios_train.conf.schema import DistillStage as DistillStageKeys
 from helios_train.conf.schema import MidStage as MidStageKeys
@@ -291,9 +292,8 @@ def distill_stage(config: Config) -> DistillStage:
     if shares_base(config):
         student, lineage = scores, shared_lineage(config, scores)
         assert config.init is not None
-        student.position(
-            read_shape(Path(config.init)).get("positions", "own")
-        )  # the teacher has one level, to it they are the same
+        # as the student learned them; to the teacher, which has one level, all are the same
+        student.position(read_shape(Path(config.init)).get("positions", "own"))
     else:
         begun = weights.start(config)
         _same_levels(config, begun)
@@ -302,13 +302,10 @@ def distill_stage(config: Config) -> DistillStage:
     return distill_of(config, student, scores, lineage, negative_text(config))
 
 
-SHARED = ("shared_48gb", "nf4_24gb")  # memory presets that hold one base alone
-
-
 def shares_base(config: Config) -> bool:
     """Whether all roles of stage=distill stand on one base: as said, or (auto) as the memory preset needs."""
     assert isinstance(config.stage, DistillStageKeys)
-    return config.stage.bases == "shared" or (config.stage.bases == "auto" and config.memory.name in SHARED)
+    return config.stage.bases == "shared" or (config.stage.bases == "auto" and config.memory.name in ONE_BASE)
 
 
 def adapt_cast(config: Config, student: HeliosTransformer, scores: HeliosTransformer) -> None:

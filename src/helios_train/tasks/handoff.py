@@ -18,6 +18,7 @@ from helios_train.tasks import merge, pairs, sameness
 Train = Callable[[Config, dict[str, Any]], None]
 
 ROAD = ("base", "mid", "ode", "distill")  # each stage starts from the merged folder of the one before
+BEFORE = dict(zip(ROAD[1:], ROAD, strict=False))
 TOY = {stage: [f"experiment=toy_{stage}"] for stage in ROAD[:-1]}  # stage -> its toy default
 TRAJECTORIES = ("pairs.count=96", "pairs.sections=4", "pairs.steps=10", "pairs.guidance=2", "pairs.batch=8")  # of a toy's ode
 ALIKE = ("model", "codec", "text", "data", "memory", "seed")  # what a missing link takes from the run it is made for
@@ -26,8 +27,7 @@ MADE = Path("runs/earlier")  # where missing links are made
 
 def missing(config: Config) -> str | None:
     """The stage that must come before this one and that no `init` stands for; None where nothing is missing."""
-    before = dict(zip(ROAD[1:], ROAD, strict=False))
-    return before.get(config.stage.name) if config.init is None else None
+    return BEFORE.get(config.stage.name) if config.init is None else None
 
 
 def provided(config: Config, raw: dict[str, Any], train: Train) -> tuple[Config, dict[str, Any]]:
@@ -72,7 +72,7 @@ def _toy_default(stage: str, raw: dict[str, Any], merged: dict[str, Path]) -> di
     alike = {group: raw[group] for group in ALIKE}
     digest = sha256(json.dumps(fixed_leaves(alike, sameness.CHANGEABLE), sort_keys=True).encode()).hexdigest()[:8]
     loop = {name: raw["trainer"][name] for name in ("accelerator", "progress")}
-    before = dict(zip(ROAD[1:], ROAD, strict=False)).get(stage)
+    before = BEFORE.get(stage)
     return {
         **toy,
         **alike,

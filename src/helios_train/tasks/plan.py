@@ -34,7 +34,7 @@ from helios_train.history import FRAMES, SECTION, History
 from helios_train.memory.flops import count_flops
 from helios_train.memory.live import LiveCounter
 from helios_train.memory.places import HOST, label, materialise, placing, tensors_of
-from helios_train.memory.plan import Costs, Plan, extended, extended_flops, moments, planned
+from helios_train.memory.plan import GIB, Costs, Plan, extended, extended_flops, moments, planned
 from helios_train.models import adapters
 from helios_train.models.adapters import NOTHING, Part
 from helios_train.models.codecs import SIDE
@@ -50,6 +50,7 @@ BLOCK = 512  # bytes to which CUDA's allocator rounds
 PRESETS = ("plain", "h100_80gb", "shared_48gb", "nf4_24gb")  # memory= choices, fastest first
 LINKS = ("mid", "ode")  # of the lineage of a student on its teacher's base
 CHANNELS = 16
+FEW = 0.02  # share of a card that a base must take for a run to be planned before it starts
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
@@ -80,6 +81,8 @@ def _sizes(config: Config) -> str:
 def plan_of(config: Config) -> Plan:
     """The plan of one iteration: traced at two depths and extended, or with `plan.exact` at the model's own."""
     assert config.plan is not None
+    config = _on_cpu(config)
+    assert config.plan is not None
     costs, depth, heads = Costs(config.plan.tflops * 1e12, config.plan.hfu), config.model.layers, _heads(config)
     few = max(FEWEST, heads)
     depths = few, few + 2
@@ -88,6 +91,13 @@ def plan_of(config: Config) -> Plan:
         return planned(report, flops, costs)
     (one, some), (other, more) = (traced(_with_blocks(config, blocks, heads)) for blocks in depths)
     return planned(extended(one, other, depths, depth), extended_flops(some, more, depths, depth), costs)
+
+
+def _on_cpu(config: Config) -> Config:
+    """The same on the device that plans, also where there is a GPU: fake tensors are the CPU's, and so are their kernels."""
+    trainer, model = replace(config.trainer, accelerator="cpu"), replace(config.model, attention="sdpa", compile=False)
+    kernels = "auto" if model.kernels in ("triton", "compile") else model.kernels
+    return replace(config, trainer=trainer, model=replace(model, kernels=kernels))
 
 
 def _heads(config: Config) -> int:
@@ -126,8 +136,15 @@ def table(plans: Mapping[str, Plan]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def must_fit(config: Config, capacity: float) -> Plan:
-    """The plan of a run on a card of that many GiB. InputError where it does not fit, with the choices that do."""
+def must_fit(config: Config, capacity: float) -> Plan | None:
+    """The plan of a run on a card of that many GiB; None where the weights are so few that tracing it would be for nothing.
+
+    InputError where it does not fit, with the choices that do.
+    """
+    with torch.device("meta"):
+        weighs = sum(weight.numel() for weight in HeliosTransformer(**weights.shape(config)).parameters())
+    if weighs * DTYPES[config.model.dtype].itemsize < FEW * capacity * GIB:
+        return None
     plan = plan_of(replace(config, plan=config.plan or _defaults()))
     if plan.reserved <= capacity:
         return plan

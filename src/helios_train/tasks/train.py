@@ -14,6 +14,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 
 from helios_train.callbacks.checkpoint import RunCheckpoint
 from helios_train.callbacks.ema import EmaCallback
@@ -52,8 +53,9 @@ def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: P
         prepare.toy_shards(config)
     data = build.data(config)
     where = build.device(config)
-    if where.type == "cuda":
-        print(plan.must_fit(config, torch.cuda.get_device_properties(where).total_memory / 2**30).text(), flush=True)
+    if main and where.type == "cuda":
+        needs = plan.must_fit(config, torch.cuda.get_device_properties(where).total_memory / 2**30)
+        print(needs.text() if needs else "", end="", flush=True)
     stage = build.stage(config)
     ema = build.ema(config, stage)
     done = iteration_of(checkpoint) if checkpoint else 0
@@ -156,13 +158,20 @@ def watchers(config: Config, folder: RunFolder, stage: Stage, data: WindowModule
     return callbacks
 
 
+def _strategy(config: Config) -> Strategy | str:
+    """How Lightning treats the devices."""
+    if config.trainer.devices > 1:
+        return ReplicaStrategy(timeout=PATIENCE)
+    return OneDevice(build.device(config)) if config.memory.optimizer == "host" else "auto"
+
+
 def trainer(config: Config, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
     """Lightning's Trainer as a run needs it; loggers on the first device alone."""
     _quieten()
     return L.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
-        strategy=ReplicaStrategy(timeout=PATIENCE) if config.trainer.devices > 1 else OneDevice(build.device(config)),
+        strategy=_strategy(config),
         max_steps=config.trainer.max_steps,
         max_epochs=-1,
         precision="32-true",
