@@ -28,7 +28,7 @@ def transformer_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("transformer_step")
 
 
-@pytest.mark.parametrize("trains", ["frozen", "lora", "all"])
+@pytest.mark.parametrize("trains", ["all", *(pytest.param(which, marks=pytest.mark.slow) for which in ("frozen", "lora"))])
 def test_all_variants_compute_the_same(transformer_step: ModuleType, trains: str) -> None:
     shape = {"num_attention_heads": 1, "num_layers": 3, "ffn_dim": 64, "text_dim": 32}
     size = transformer_step.Size("tiny", shape, 2, (8, 12), (4, 6), torch.float32)

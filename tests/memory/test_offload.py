@@ -51,6 +51,7 @@ def test_everything_away_is_everything_there_bit_for_bit(name: str, dtype: str) 
             assert torch.equal(weight, master.to(weight.dtype))
 
 
+@pytest.mark.slow
 def test_the_host_has_what_it_should_and_the_device_the_less() -> None:
     """Masters, moments, gradients and waiting inputs are counted on the host, and only there."""
     plans = [

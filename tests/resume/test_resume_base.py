@@ -10,11 +10,12 @@ import pytest
 from .runs import Runs, draws, killed_and_resumed, metrics
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0)])
+@pytest.mark.parametrize(("ranks", "workers"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 0)])
 def test_killed_and_resumed_is_bit_equal(runs: Runs, unkilled: Callable[[str, int], Path], ranks: int, workers: int) -> None:
     killed_and_resumed(runs, unkilled("base", ranks), "base", ranks, workers)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_as_one(runs: Runs) -> None:
     micro = "data.micro_batch=1"
     whole = runs.run("elastic_whole", 2, 0, micro, "trainer.max_steps=15", "optimizer.total=15")

@@ -10,6 +10,7 @@ import pytest
 from .runs import Runs, killed_and_resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2)])
 def test_killed_and_resumed_is_bit_equal(runs: Runs, unkilled: Callable[[str, int], Path], ranks: int, workers: int) -> None:
     killed_and_resumed(runs, unkilled("mid", ranks), "mid", ranks, workers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,10 @@ from helios_train.models.checkpoint import read
 from .runs import Runs, iterations_of
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), (signal.SIGINT, 1), (signal.SIGTERM, 2)])
+FEWER = [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 1), *FEWER])
 def test_signals_save_and_leave(runs: Runs, number: signal.Signals, ranks: int) -> None:
     name = f"signal{int(number)}{ranks}"
     extra = ("trainer.max_steps=100000", "checkpoint.every=100000", "watch.every=0")
@@ -27,8 +29,8 @@ def test_signals_save_and_leave(runs: Runs, number: signal.Signals, ranks: int) 
     assert not list((runs.folder / name / "checkpoints").glob("*.tmp"))
 
 
-def test_resume_refuses_what_may_not_change(runs: Runs, unkilled: Callable[[str, int], Path]) -> None:
-    whole = unkilled("base", 1)
+def test_resume_refuses_what_may_not_change(runs: Runs) -> None:
+    whole = runs.run("short", 1, 0, "trainer.max_steps=1")
     command, environment = runs.command(whole.name, 1, 0, "resume=auto", "optimizer.lr=0.5", "trainer.max_steps=20")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2

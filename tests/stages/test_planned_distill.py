@@ -76,7 +76,7 @@ def step(config: Config, fake: bool, iterations: int, shared: bool = False, gran
         return counter.report(), trained
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_real_and_fake_agree_to_the_byte(shared: bool) -> None:
     """The student's turn and one of the critic alone."""
     config = compose([*TINY, f"memory.checkpointing={shared}", "stage.gan.start=9"])
@@ -85,6 +85,7 @@ def test_real_and_fake_agree_to_the_byte(shared: bool) -> None:
     assert trained.iteration == planned.iteration == 2 and trained.skipped == planned.skipped == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replay", [True, False])
 def test_with_an_adversary_too_but_for_a_scalar(replay: bool) -> None:
     """The peaks differ by four bytes of some nine million; which scalar lives longer when real was not found."""

@@ -79,7 +79,10 @@ def step(config: Config, fake: bool, iterations: int = 2, granularity: int = 1) 
         return counter.report(), trained
 
 
-@pytest.mark.parametrize(("name", "trainable"), [("base", "lora"), ("base", "full"), ("mid", "lora")])
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [("base", "lora"), pytest.param("base", "full", marks=pytest.mark.slow), pytest.param("mid", "lora", marks=pytest.mark.slow)],
+)
 def test_real_and_fake_agree_to_the_byte(name: str, trainable: str) -> None:
     """Two iterations of two micro-batches."""
     config = compose([f"stage={name}", *TINY, f"stage.trainable={trainable}", "data.global_batch=4", "data.micro_batch=2"])
@@ -88,6 +91,7 @@ def test_real_and_fake_agree_to_the_byte(name: str, trainable: str) -> None:
     assert trained.iteration == planned.iteration == 2 and trained.skipped == planned.skipped == 0
 
 
+@pytest.mark.slow
 def test_levels_take_the_activations_of_the_largest() -> None:
     """A mid step of three passes against a base step, which is one pass at full size."""
     given = [*TINY, "data.size=[64,128]", "stage.trainable=full", "data.global_batch=2", "data.micro_batch=2"]

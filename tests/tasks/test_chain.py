@@ -110,6 +110,7 @@ def test_only_what_is_missing_is_done_again(whole: Path, shards: Path, tmp_path:
     assert ours == theirs and len(ours) >= 5
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_is_the_same(whole: Path, shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "helios_train", *words(folder, shards)]

@@ -36,7 +36,8 @@ def words(name: str, *more: str) -> list[str]:
     return ["task=plan", f"stage={name}" if name != "shared" else "stage=distill", *TINY, *STAGES[name], *more]
 
 
-@pytest.mark.parametrize("name", [name if name == "base" else pytest.param(name, marks=pytest.mark.slow) for name in STAGES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
 def test_extension_by_depth_is_the_exact_trace(name: str) -> None:
     """Eight blocks from two and four (with four heads from four and six): peak, groups, FLOPs and the peak's moment within 1
     %."""
