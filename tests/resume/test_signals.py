@@ -12,7 +12,6 @@ from helios_train.models.checkpoint import read
 
 from .runs import Runs, iterations_of
 
-
 FEWER = [pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow), pytest.param(signal.SIGTERM, 2, marks=pytest.mark.slow)]
 
 
