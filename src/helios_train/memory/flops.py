@@ -1,25 +1,26 @@
-"""Floating-point operations of a step, counted in a pass of its own (a multiply and an add are two)."""
+"""Floating-point operations of a step (a multiply and an add are two), by torch's own formulas.
+
+torch's counter mode decomposes operators, so that a memory count beside it sees the peak of their pieces, and follows modules by
+hooks, which fail where a backward differentiates; this one only looks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def count_flops(step: Callable[[], Any]) -> int:
-    """FLOPs of `step`: matrix products, convolutions and attention, as often as they run, so what checkpointing recomputes too.
-
-    Not under a LiveCounter: torch's counter decomposes operators, and the peak would be that of their pieces.
-    """
-    formulas = {_ATTENTION: attention_flops, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops}
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    """FLOPs of `step`: matrix products, convolutions, attention, as often as they run, so what checkpointing recomputes too."""
+    with FlopCounter() as counter:
         step()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
@@ -37,3 +38,27 @@ def _backward_flops(
     """Scores again, and two products for each of the two of the forward."""
     batch, heads, rows, width = query
     return 2 * batch * heads * rows * key[2] * (3 * width + 2 * value[3])
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up in `total` what is computed while it is entered; beside a LiveCounter, inside any FakeTensorMode."""
+
+    formulas: Mapping[Any, Callable[..., int]] = flop_registry | {
+        _ATTENTION: shape_wrapper(attention_flops),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_backward_flops),
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as LiveCounter
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=output))
+        return output

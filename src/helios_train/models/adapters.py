@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from helios_train import rng
 from helios_train.errors import InputError
 from helios_train.models.checkpoint import audit
+from helios_train.models.lora import Adapted
 from helios_train.models.precision import dtype_of
 from helios_train.models.transformer import HISTORY_PATCHES, HeliosTransformer
 
@@ -149,6 +151,9 @@ def _inject(transformer: HeliosTransformer, name: str, config: LoraConfig, seed:
     with rng.forked(seed, f"adapter {name}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(config, transformer, adapter_name=name)
+    for module in transformer.modules():
+        if type(module) is LoraLinear:
+            module.__class__ = Adapted  # the same parameters, another forward
     for key, parameter in transformer.named_parameters():
         if f".{name}." in key:
             parameter.data = parameter.data.to(dtype_of(key.split(".lora_")[0], dtype))

@@ -6,17 +6,21 @@ Tokens before `split` are the history's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from helios_train.kernels.gated_residual import gated_residual, gated_residual_layer_norm, gated_residual_modulated_norm
 from helios_train.kernels.gelu import gelu_tanh
 from helios_train.kernels.layer_norm import layer_norm
 from helios_train.kernels.modulated_norm import modulated_norm
+from helios_train.models.lora import gathered, now, through
 
 ROWS = 4096  # tokens in a piece of the feed-forward: whole waves of a GPU's matrix products
 
@@ -42,13 +46,76 @@ def _last(layer: nn.Module, x: Tensor) -> Tensor:
     return _Frozen.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
+class _Kept(torch.autograd.Function):
+    """Its input again. It saves that, so that a checkpoint has it back, and nothing after it is run for that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x."""
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        """dy."""
+        return dy
+
+
+class _FeedForwardAgain(torch.autograd.Function):
+    """A feed-forward whose backward runs it once more, piece by piece: the hidden activations of one piece are alive at a time.
+
+    Called with the input as `_Kept` gave it, that one's node, the block, its `kernels`, what makes the context to run it again
+    in, and the weights that train.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, node: Any, block: Block, kernels: str, again: Callable[[], AbstractContextManager[Any]], *w: Tensor
+    ) -> Tensor:
+        """The feed-forward of x [B, L, D]."""
+        ctx.node, ctx.block, ctx.kernels, ctx.again = node, block, kernels, again
+        return block.pieces(x.detach(), kernels)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """By x and by the weights."""
+        widen, narrow = ctx.block.ffn.net[0].proj, ctx.block.ffn.net[2]
+        trained = [weight for weight in ctx.block.ffn.parameters() if weight.requires_grad]
+        (x,) = ctx.node.saved_tensors
+        dx, sums = torch.empty_like(x, memory_format=torch.contiguous_format), dict[int, Tensor]()
+        with ctx.again(), gathered():
+            for piece, d_out, d_in in zip(*(t.flatten(0, 1).split(ROWS) for t in (x, dy, dx)), strict=True):
+                leaf = piece.detach().requires_grad_()
+                with torch.enable_grad():
+                    hidden = gelu_tanh(widen(leaf), ctx.kernels)
+                d_hidden, found = through(narrow, hidden.detach(), d_out)
+                here, *of_widen = torch.autograd.grad(hidden, [leaf, *trained], d_hidden, allow_unused=True)
+                d_in.copy_(here)
+                found |= {id(weight): g for weight, g in zip(trained, of_widen, strict=True) if g is not None}
+                for key, gradient in found.items():
+                    sums[key] = sums[key].add_(gradient) if key in sums else gradient
+                del hidden, d_hidden, here, of_widen, found
+        return dx, None, None, None, None, *(sums.get(id(weight)) for weight in trained)
+
+
 class Block(HeliosTransformerBlock):
     """Self-attention, cross-attention of the target's tokens to the text, feed-forward; each norm fused with what precedes it."""
 
     def forward(  # type: ignore[override]
-        self, x_BLD: Tensor, text_BLD: Tensor, modulation_BR6D: Tensor, table: Tensor, split: int, kernels: str = "auto"
+        self,
+        x_BLD: Tensor,
+        text_BLD: Tensor,
+        modulation_BR6D: Tensor,
+        table: Tensor,
+        split: int,
+        kernels: str = "auto",
+        again: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> Tensor:
-        """x after the block, [B, L, D]; `text` [B, rows, D]; `modulation` [B, 2, 6, D]; `table` of `kernels.rope`."""
+        """x after the block, [B, L, D]; `text` [B, rows, D]; `modulation` [B, 2, 6, D]; `table` of `kernels.rope`.
+
+        again: makes the context that a recompute needs, where the block is checkpointed; its feed-forward then is, by itself.
+        """
         rows = (self.scale_shift_table[:, None] + modulation_BR6D.float()).unbind(2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = rows
         # No name for what attention gives: it would stay alive to the end of the block.
@@ -66,10 +133,17 @@ class Block(HeliosTransformerBlock):
             self.norm3.eps,
             kernels,
         )
-        return gated_residual(x_BLD, self._feed_forward(normed, kernels), ffn_gate, split, kernels)
+        return gated_residual(x_BLD, self._feed_forward(normed, kernels, again), ffn_gate, split, kernels)
 
-    def _feed_forward(self, normed_BLD: Tensor, kernels: str) -> Tensor:
-        """Piece by piece: in backward the hidden gradients of one piece are alive at a time, not those of all tokens."""
+    def _feed_forward(self, normed_BLD: Tensor, kernels: str, again: Callable[[], AbstractContextManager[Any]] | None) -> Tensor:
+        if again is None or not (torch.is_grad_enabled() and normed_BLD.requires_grad) or torch.compiler.is_compiling():
+            return self.pieces(normed_BLD, kernels)
+        kept = _Kept.apply(normed_BLD)
+        weights = [now(weight) for weight in self.ffn.parameters() if weight.requires_grad]
+        return _FeedForwardAgain.apply(kept, kept.grad_fn, self, kernels, again, *weights)  # type: ignore[no-any-return]
+
+    def pieces(self, normed_BLD: Tensor, kernels: str) -> Tensor:
+        """The feed-forward, piece by piece: in backward the hidden gradients of one piece are alive at a time."""
         widen, narrow = self.ffn.net[0].proj, self.ffn.net[2]
         pieces = [_last(narrow, gelu_tanh(widen(piece), kernels)) for piece in normed_BLD.flatten(0, 1).split(ROWS)]
         return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view_as(normed_BLD)

@@ -8,8 +8,9 @@ work: `Backbone` hands every checkpoint the role of its forward.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -48,10 +49,10 @@ class Backbone:
 
         The last block is no exception: several graphs wait for their backward, and each would keep its activations.
         """
-        self.transformer.checkpoint_blocks(self._forward_and_again, every, spare_last=False)
+        self.transformer.checkpoint_blocks(self._as_now, every, spare_last=False)
 
-    def _forward_and_again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[HeliosTransformer]]:
-        return nullcontext(), self.run(self.part)
+    def _as_now(self) -> Callable[[], AbstractContextManager[HeliosTransformer]]:
+        return partial(self.run, self.part)
 
     def _play(self, part: Part) -> None:
         for layer in self._adapted:

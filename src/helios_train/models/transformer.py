@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,8 +56,8 @@ class HeliosTransformer(HeliosTransformer3DModel):
     def __init__(self, *args: Any, positions: Positions = "own", **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.kernels = "auto"
-        self._checkpoint: Callable[..., Tensor] = checkpoint
         self._every, self._spared = 0, False  # of so many blocks one is checkpointed; 0: none is
+        self._again: Callable[[], Callable[[], AbstractContextManager[Any]]] = _plainly  # called with a block
         self._waiting: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext  # keeps a block's input for its recompute
         self._tables: dict[Any, Tensor] = {}
         for block in self.blocks:
@@ -167,13 +166,26 @@ class HeliosTransformer(HeliosTransformer3DModel):
             if self._kept(number, len(blocks)):
                 x_BLD = block(*given)
             else:
-                with self._waiting(x_BLD):
-                    x_BLD = self._checkpoint(block, *given)
+                x_BLD = self._checkpointed(block, *given)
             if number in wanted:
                 features.append(x_BLD[:, split:])
         if not to_the_end:
             return None, features
         return self._unpatched(self._normed_out(x_BLD[:, split:], time_BD), parts[-1].latents.shape), features
+
+    def _checkpointed(self, block: Block, x_BLD: Tensor, *given: Any) -> Tensor:
+        """The block, of which its input alone is kept. It draws no random numbers, so none are preserved."""
+        again = self._again()
+        with self._waiting(x_BLD):
+            return checkpoint(  # type: ignore[no-any-return]
+                block,
+                x_BLD,
+                *given,
+                again,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again()),
+            )
 
     def _kept(self, number: int, count: int) -> bool:
         """Whether block `number` of `count` keeps its activations for backward, or needs none."""
@@ -250,17 +262,25 @@ class HeliosTransformer(HeliosTransformer3DModel):
         it."""
         self._waiting = waiting
 
-    def checkpoint_blocks(self, context: Callable[[], Any] | None = None, every: int = 1, spare_last: bool = True) -> None:
+    def checkpoint_blocks(
+        self,
+        context: Callable[[], Callable[[], AbstractContextManager[Any]]] | None = None,
+        every: int = 1,
+        spare_last: bool = True,
+    ) -> None:
         """Keep only the input of every `every`-th block in the forward and compute that block again in backward.
 
         `spare_last`: not the last one, whose turn comes first in backward: where that follows at once, it costs no memory and
-        saves a recompute; where several graphs wait for it, it costs one block's activations a graph. `context` gives the
-        (forward, recompute) context managers of each call, for a caller who must restore what a recompute depends on. No random
-        numbers are drawn in a block, so none are preserved.
+        saves a recompute; where several graphs wait for it, it costs one block's activations a graph. `context`, called as a
+        block is called, gives what makes the contexts of its recomputes, for a caller who must restore what they depend on.
         """
-        extra: dict[str, Any] = {"context_fn": context} if context else {}
+        self._again = context or _plainly
         self._every, self._spared = every, spare_last
-        self._checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, **extra)
+
+
+def _plainly() -> Callable[[], AbstractContextManager[Any]]:
+    """Nothing is needed to run a block again."""
+    return nullcontext
 
 
 def _host(indices: Indices | range) -> tuple[int, ...]:

@@ -31,7 +31,8 @@ from helios_train.data.pairs import Pair, Trajectory, Walk
 from helios_train.diffusion.rollout import Rollout
 from helios_train.errors import InputError
 from helios_train.history import FRAMES, SECTION, History
-from helios_train.memory.flops import count_flops
+from helios_train.kernels.dispatch import triton
+from helios_train.memory.flops import FlopCounter
 from helios_train.memory.live import LiveCounter
 from helios_train.memory.places import HOST, label, materialise, placing, tensors_of
 from helios_train.memory.plan import GIB, Costs, Plan, extended, extended_flops, moments, planned
@@ -50,6 +51,7 @@ BLOCK = 512  # bytes to which CUDA's allocator rounds
 PRESETS = ("plain", "h100_80gb", "shared_48gb", "nf4_24gb")  # memory= choices, fastest first
 LINKS = ("mid", "ode")  # of the lineage of a student on its teacher's base
 CHANNELS = 16
+BETWEEN = "between"  # what is computed outside of every moment: gradients taken at once
 FEW = 0.02  # share of a card that a base must take for a run to be planned before it starts
 
 
@@ -81,8 +83,6 @@ def _sizes(config: Config) -> str:
 def plan_of(config: Config) -> Plan:
     """The plan of one iteration: traced at two depths and extended, or with `plan.exact` at the model's own."""
     assert config.plan is not None
-    config = _on_cpu(config)
-    assert config.plan is not None
     costs, depth, heads = Costs(config.plan.tflops * 1e12, config.plan.hfu), config.model.layers, _heads(config)
     few = max(FEWEST, heads)
     depths = few, few + 2
@@ -94,10 +94,19 @@ def plan_of(config: Config) -> Plan:
 
 
 def _on_cpu(config: Config) -> Config:
-    """The same on the device that plans, also where there is a GPU: fake tensors are the CPU's, and so are their kernels."""
+    """The same on the device that plans, also where there is a GPU: fake tensors are the CPU's."""
     trainer, model = replace(config.trainer, accelerator="cpu"), replace(config.model, attention="sdpa", compile=False)
     kernels = "auto" if model.kernels in ("triton", "compile") else model.kernels
     return replace(config, trainer=trainer, model=replace(model, kernels=kernels))
+
+
+def _as_there(config: Config, stage: Stage) -> None:
+    """Gives the networks the row-wise ops of the planned machine: a GPU's unless `trainer.accelerator=cpu`."""
+    kernels = config.model.kernels
+    if config.trainer.accelerator == "cpu" or kernels == "reference" or triton is None:
+        return
+    for transformer in {id(one): one for one in stage.modules() if isinstance(one, HeliosTransformer)}.values():
+        transformer.kernels = "triton"
 
 
 def _heads(config: Config) -> int:
@@ -167,10 +176,11 @@ def _defaults() -> PlanKeys:
 def traced(config: Config) -> tuple[list[Any], dict[str, float]]:
     """The moments of an iteration, and FLOPs by what they are spent on."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        counter = LiveCounter(granularity=BLOCK)
-        stage, batch = _stage(config).alone(), part(config)
+        counter, flops, spent = LiveCounter(granularity=BLOCK), FlopCounter(), dict[str, float]()
+        stage, batch = _stage(_on_cpu(config)).alone(), part(config)
+        _as_there(config, stage)
         with placing(HOST):
-            ema = build.ema(config, stage)
+            ema = build.ema(_on_cpu(config), stage)
         for trainee, optimizer in zip(stage.trainees, stage._alone, strict=True):
             trainee.masters.fill()
             optimizer.step()  # what it remembers is there from now on
@@ -180,33 +190,29 @@ def traced(config: Config) -> tuple[list[Any], dict[str, float]]:
             if _parts(config) == 1:
                 trainee.masters.clear()
         _claim(counter, stage, batch, ema)
-        with counter, _labelled(stage, counter.moment), _gradients(counter, stage):
+
+        @contextmanager
+        def _moment(name: str) -> Iterator[None]:
+            before, own = flops.total, sum(spent.values())
+            with counter.moment(name):
+                yield
+            spent[name] = spent.get(name, 0.0) + flops.total - before - (sum(spent.values()) - own)
+
+        _label(stage, _moment)
+        with counter, flops, _gradients(counter, stage):
             stage.training_step(batch, 0)
             if ema is not None:
                 with counter.moment("average"), placing(HOST):
                     ema.update(stage.masters.state_dict())
             report = counter.report()
-    return moments(report), _flops(config)
+    spent[BETWEEN] = flops.total - sum(spent.values())
+    return moments(report), {name: _parts(config) * count for name, count in spent.items() if count}
 
 
 def _parts(config: Config) -> int:
     """How many parts, each differentiated alone, one device's share of a global batch has."""
     alone = isinstance(config.stage, DistillStage | OdeStage)
     return config.data.global_batch // config.trainer.devices // (1 if alone else config.data.micro_batch)
-
-
-def _flops(config: Config) -> dict[str, float]:
-    """Of one iteration, by moment: counted in a pass of its own."""
-    spent: dict[str, float] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        stage, batch = _stage(config).alone(), part(config)
-
-        def _count(name: str, work: Callable[[], Any]) -> None:
-            spent[name] = spent.get(name, 0.0) + _parts(config) * count_flops(work)
-
-        with _labelled(stage, nullcontext, _count):
-            stage.training_step(batch, 0)
-    return spent
 
 
 @contextmanager
@@ -251,39 +257,30 @@ def _tensors(batch: Any) -> list[Tensor]:
     return [tensor for item in vars(batch).values() for tensor in _tensors(item)] if hasattr(batch, "__dict__") else []
 
 
-def _labelled(stage: Stage, moment: Callable[[str], Any], count: Callable[[str, Callable[[], Any]], Any] | None = None) -> Any:
-    """Inside, every call of a network, every backward and every optimizer step is a moment; `count` is given each instead."""
+def _label(stage: Stage, moment: Callable[[str], Any]) -> None:
+    """From now on every call of a network, every backward and every optimizer step of this stage is a moment."""
 
     def _named(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def _call(*given: Any, **words: Any) -> Any:
-            if count is None:
-                with moment(name):
-                    return work(*given, **words)
-            kept: list[Any] = []
-            count(name, lambda: kept.append(work(*given, **words)))
-            return kept[0]
+            with moment(name):
+                return work(*given, **words)
 
         return _call
 
-    @contextmanager
-    def _inside() -> Iterator[None]:
-        if isinstance(stage, distill.DistillStage):
-            whole = stage.cast
-            stage.cast = replace(
-                whole,
-                student=_named("student", whole.student),
-                teacher=_named("teacher", whole.teacher),
-                critic=_named("critic", whole.critic),
-                logits=_named("adversary", whole.logits) if whole.logits else None,
-            )
-        else:
-            stage.transformer.velocity = _named("network", stage.transformer.velocity)  # type: ignore[method-assign]
-        for trainee in stage.trainees:
-            trainee.add = _named(f"backward {trainee.name}".strip(), trainee.add)  # type: ignore[method-assign]
-            trainee.step = _named(f"step {trainee.name}".strip(), trainee.step)  # type: ignore[method-assign]
-        yield
-
-    return _inside()
+    if isinstance(stage, distill.DistillStage):
+        whole = stage.cast
+        stage.cast = replace(
+            whole,
+            student=_named("student", whole.student),
+            teacher=_named("teacher", whole.teacher),
+            critic=_named("critic", whole.critic),
+            logits=_named("adversary", whole.logits) if whole.logits else None,
+        )
+    else:
+        stage.transformer.velocity = _named("network", stage.transformer.velocity)  # type: ignore[method-assign]
+    for trainee in stage.trainees:
+        trainee.add = _named(f"backward {trainee.name}".strip(), trainee.add)  # type: ignore[method-assign]
+        trainee.step = _named(f"step {trainee.name}".strip(), trainee.step)  # type: ignore[method-assign]
 
 
 class _MostGraphs(Rollout):
