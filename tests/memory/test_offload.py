@@ -10,6 +10,7 @@ from torch import Tensor
 
 from helios_train.conf.compose import compose
 from helios_train.errors import ConfigError
+from helios_train.memory.parking import Parking
 from helios_train.memory.places import DEVICE, HOST
 from helios_train.tasks import build, plan
 
@@ -23,6 +24,7 @@ STAGES = {
 }
 ON_DEVICE = ("memory.checkpointing=true",)
 AWAY = ("memory=h100_80gb",)
+CAST = (*STAGES["distill"], "stage.bases=distinct")
 
 
 def trained(words: tuple[str, ...], how: tuple[str, ...]) -> tuple[Any, dict[str, Tensor], list[dict[str, float]]]:
@@ -49,6 +51,31 @@ def test_everything_away_is_everything_there_bit_for_bit(name: str, dtype: str) 
             weight = trainee.masters.weights[key]
             assert master is not weight and weight.grad is None
             assert torch.equal(weight, master.to(weight.dtype))
+
+
+def same(words: tuple[str, ...], how: tuple[str, ...]) -> Any:
+    """Both ways give the same bits; the second's stage."""
+    (_, plain, one), (stage, away, other) = (trained(words, each) for each in (ON_DEVICE, how))
+    assert repr(one) == repr(other)
+    for name in plain.keys() & away.keys():
+        if plain[name].shape == away[name].shape:  # what is streamed has no weights of its own between its turns
+            assert torch.equal(plain[name], away[name]), name
+    assert all(torch.equal(w, away[n]) for n, w in plain.items() if ".lora_" in n or n.startswith("heads."))
+    return stage
+
+
+@pytest.mark.parametrize("park", ["heads", "idle"])
+def test_what_is_parked_is_computed_the_same(park: str) -> None:
+    stage = same(CAST, (*AWAY, f"memory.park={park}"))
+    assert isinstance(stage.roles.present, Parking)
+    assert stage.roles.present.groups.keys() == ({"heads"} if park == "heads" else {"heads", "student", "critic"})
+
+
+def test_a_streamed_base_computes_the_same() -> None:
+    stage = same((*CAST, "model.layers=5"), ("memory=stream",))
+    blocks = list(stage.scores.blocks)
+    frozen = [sum(w.numel() for w in block.parameters() if not w.requires_grad) for block in blocks]
+    assert stage.transformer.streamed is None and frozen.count(0) == len(blocks) - len(stage.scores.streamed.slots) == 2
 
 
 @pytest.mark.slow

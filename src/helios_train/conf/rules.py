@@ -23,7 +23,7 @@ from helios_train.conf.schema import (
 )
 from helios_train.errors import ConfigError
 
-ONE_BASE = ("shared_48gb", "nf4_24gb")  # memory presets that hold one base alone
+ONE_BASE = ("shared_48gb", "nf4_24gb", "nf4_16gb")  # memory presets that hold one base alone
 MOST_LEVELS, TABLE = 4, 1000  # of a pyramid; entries of the table of noise levels
 NOMINAL_SIDE = 64  # pixels of the shorter side that lengths of toy videos are given for
 ROUNDING = 1e-6  # shares may sum to 1 within this
@@ -148,6 +148,15 @@ def memory_fits(config: Config) -> Iterator[str]:
     """What a memory choice cannot do for this run."""
     if config.memory.name in ONE_BASE and isinstance(config.stage, DistillStage) and config.stage.bases == "distinct":
         yield f"memory={config.memory.name}: holds one base, stage.bases=distinct has two; set stage.bases=shared (or auto)"
+    if config.memory.stream and not (isinstance(config.stage, DistillStage) and config.stage.bases != "shared"):
+        yield (
+            f"memory={config.memory.name}: streams the base of teacher and critic, which only stage=distill on distinct bases "
+            "has; set memory.stream=false, or choose another memory"
+        )
+    if config.memory.stream and not (config.memory.checkpointing and config.memory.checkpoint_every == 1):
+        yield "memory.stream=true: a block's weights leave before its backward; set memory.checkpointing=true, checkpoint_every=1"
+    if config.memory.park == "idle" and not (config.memory.checkpointing and config.memory.checkpoint_every == 1):
+        yield "memory.park=idle: adapters leave before their backward; set memory.checkpointing=true, checkpoint_every=1"
     if config.memory.block_inputs == "host" and not config.memory.checkpointing:
         yield "memory.block_inputs=host: blocks that are not recomputed have no inputs that wait; set memory.checkpointing=true"
     if config.memory.optimizer == "host" and config.optimizer.name == "adamw8bit":

@@ -467,6 +467,9 @@ class Memory:
 
     name: str
     bases: Literal["bf16", "int8", "nf4"]
+    lineage: Literal["bf16", "as_bases"]
+    stream: bool
+    park: Literal["nothing", "heads", "idle"]
     checkpointing: bool
     checkpoint_every: Positive
     block_inputs: Literal["device", "host"]

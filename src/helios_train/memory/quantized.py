@@ -91,11 +91,14 @@ def _int8(weight: Tensor) -> dict[str, Tensor]:
     return {"packed": (weight.float() / scale).round().to(torch.int8), "scale": scale}
 
 
-def quantize(module: nn.Module, kind: Kind) -> int:
-    """Stores every frozen linear layer under `module` in `kind`, below adapters too; how many. Adapters themselves stay."""
+def quantize(module: nn.Module, kind: Kind, lineage: bool = False) -> int:
+    """Stores every frozen linear layer under `module` in `kind`, below adapters too; how many.
+
+    Adapters themselves stay, but for those of earlier links, frozen too, with `lineage`.
+    """
     count = 0
     for owner_name, owner in list(module.named_modules()):
-        if ".lora_" in f".{owner_name}.":
+        if ".lora_" in f".{owner_name}." and not lineage:
             continue
         for name, layer in list(owner.named_children()):
             if type(layer) is nn.Linear and not layer.weight.requires_grad:

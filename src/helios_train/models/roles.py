@@ -21,6 +21,7 @@ from helios_train.models.heads import Heads
 from helios_train.models.transformer import HeliosTransformer, Offset
 
 STUDENT, TEACHER, CRITIC = "student", "teacher", "critic"
+HEADS = "heads"  # the critic when it judges
 
 
 class Backbone:
@@ -82,11 +83,15 @@ def as_student(transformer: HeliosTransformer, lineage: Part = NOTHING) -> Backb
 
 @dataclass(frozen=True)
 class Roles:
-    """Who computes with what. Teacher and critic share a backbone; the student has its own, or (shared) the same one."""
+    """Who computes with what. Teacher and critic share a backbone; the student has its own, or (shared) the same one.
+
+    present: called with a role (or HEADS) before it computes, brings its weights to the device.
+    """
 
     student: Backbone
     scores: Backbone
     lineage: Part = NOTHING
+    present: Callable[[str], None] = lambda who: None
 
     @property
     def shared(self) -> bool:
@@ -108,6 +113,7 @@ class Roles:
         backbone, part = self.backbone(role), self.part(role)
 
         def _velocity(x_t: Tensor, t: Tensor, text: Tensor, history: History) -> Tensor:
+            self.present(role)
             with backbone.run(part) as transformer:
                 return transformer.velocity(x_t, t, text, history)
 
@@ -118,6 +124,7 @@ class Roles:
         backbone, part = self.backbone(role), self.part(role)
 
         def _logits(x_t: Tensor, t: Tensor, text: Tensor, history: History, offset: Offset = None) -> Tensor:
+            self.present(HEADS)
             with backbone.run(part) as transformer:
                 velocity, tokens = transformer.observe(x_t, t, text, history, heads.blocks, offset)
             return heads(velocity, tokens)  # type: ignore[no-any-return]

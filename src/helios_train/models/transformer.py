@@ -60,6 +60,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         self._again: Callable[[], Callable[[], AbstractContextManager[Any]]] = _plainly  # called with a block
         self._waiting: Callable[[Tensor], AbstractContextManager[Any]] = nullcontext  # keeps a block's input for its recompute
         self._tables: dict[Any, Tensor] = {}
+        self.streamed: Any = None  # what brings its blocks to the device, where they come one by one
         for block in self.blocks:
             block.__class__ = Block  # the same parameters, another forward
             for attention in (block.attn1, block.attn2):

@@ -160,6 +160,7 @@ class DistillStage(Stage):
             told, sections = self.told(sample, STUDENT)
             draw = objective.draw(*self.where(sample), told.history.empty[0], sections)
             loss = objective(self.cast, told, draw)
+            self.roles.present(STUDENT)
             self.backward_part(loss.total, loss.sums, len(samples), TRAINED)
 
     def train_critic(self, samples: Sequence[tuple[Window, Window]]) -> None:

@@ -22,8 +22,10 @@ from helios_train.data.toy import ToySpec
 from helios_train.errors import InputError
 from helios_train.kernels.dispatch import check_kernels
 from helios_train.memory.offload import Offload
+from helios_train.memory.parking import Parking
 from helios_train.memory.places import HOST, Places
 from helios_train.memory.quantized import quantize
+from helios_train.memory.stream import Streamed
 from helios_train.models import adapters, manifest
 from helios_train.models.adapters import NOTHING, Part
 from helios_train.models.attention import check_attention
@@ -32,7 +34,7 @@ from helios_train.models.ema import Ema
 from helios_train.models.heads import Heads
 from helios_train.models.loading import read_shape
 from helios_train.models.precision import DTYPES
-from helios_train.models.roles import CRITIC, STUDENT, Backbone, Roles, as_student
+from helios_train.models.roles import CRITIC, HEADS, STUDENT, TEACHER, Backbone, Roles, as_student
 from helios_train.models.text import HashText, TextEncoder, pad
 from helios_train.models.text import Umt5Text as Umt5Encoder
 from helios_train.models.transformer import HeliosTransformer
@@ -242,7 +244,7 @@ def computes(config: Config, transformer: HeliosTransformer, trains: bool) -> No
     check_attention(model.attention, *heads, DTYPES[model.dtype], where, trains)
     transformer.compute_with(model.kernels, model.attention, model.compile)
     if trains and config.memory.bases != "bf16":
-        quantize(transformer.blocks, config.memory.bases)
+        quantize(transformer.blocks, config.memory.bases, lineage=config.memory.lineage == "as_bases")
     if trains and config.memory.block_inputs == "host":
         transformer.keep_inputs(Offload(Places(where)))
 
@@ -326,13 +328,27 @@ def distill_of(
     assert isinstance(config.stage, DistillStageKeys)
     own = as_student(student, lineage)
     roles = Roles(own, own if student is scores else Backbone(scores), lineage)
+    judging = heads(config, scores)
+    if config.memory.park != "nothing":
+        roles = replace(roles, present=_parking(config, roles, judging))
     for backbone in (roles.student,) if roles.shared else (roles.student, roles.scores):
         computes(config, backbone.transformer.train(), trains=True)
         if config.memory.checkpointing:
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
+    if config.memory.stream:
+        scores.streamed = Streamed(list(scores.blocks), Places(device(config)))
     how, keys = training(config), config.stage.critic
     critic = replace(how, rate=replace(how.rate, base=keys.lr), clip=keys.clip)
-    return DistillStage(recipes.distill_recipe(config, negative), roles, how, critic, heads(config, scores))
+    return DistillStage(recipes.distill_recipe(config, negative), roles, how, critic, judging)
+
+
+def _parking(config: Config, roles: Roles, judging: Heads | None) -> Parking:
+    """What of the cast waits on the host while others compute."""
+    groups: dict[str, list[torch.nn.Parameter]] = {HEADS: list(judging.parameters())} if judging else {}
+    if config.memory.park == "idle":
+        groups |= {role: list(roles.trainable(role).values()) for role in (STUDENT, CRITIC)}
+    needs = {STUDENT: [STUDENT], TEACHER: [], CRITIC: [CRITIC], HEADS: [HEADS, CRITIC]}
+    return Parking(Places(device(config)), groups, needs)
 
 
 def head_blocks(depth: int) -> list[int]:

@@ -34,6 +34,7 @@ from helios_train.history import FRAMES, SECTION, History
 from helios_train.kernels.dispatch import triton
 from helios_train.memory.flops import FlopCounter
 from helios_train.memory.live import LiveCounter
+from helios_train.memory.parking import Parking
 from helios_train.memory.places import HOST, label, materialise, placing, tensors_of
 from helios_train.memory.plan import GIB, Costs, Plan, extended, extended_flops, moments, planned
 from helios_train.models import adapters
@@ -48,7 +49,7 @@ from helios_train.tasks import build, weights
 
 FEWEST = 2  # blocks that are traced, and two more
 BLOCK = 512  # bytes to which CUDA's allocator rounds
-PRESETS = ("plain", "h100_80gb", "shared_48gb", "nf4_24gb")  # memory= choices, fastest first
+PRESETS = ("plain", "single", "h100_80gb", "stream", "shared_48gb", "nf4_24gb", "nf4_16gb")  # memory= choices, fastest first
 LINKS = ("mid", "ode")  # of the lineage of a student on its teacher's base
 CHANNELS = 16
 BETWEEN = "between"  # what is computed outside of every moment: gradients taken at once
@@ -237,11 +238,15 @@ def _claim(counter: LiveCounter, stage: Stage, batch: Any, ema: Any) -> None:
         counter.claim([weight for key, weight in frozen.items() if key not in lineage], f"weights {name}".strip())
         counter.claim([frozen[key] for key in lineage], "lineage")
         counter.claim(list(transformer.buffers()), f"weights {name}".strip())
+        if transformer.streamed is not None:
+            counter.claim([transformer.streamed.host, transformer.streamed.slots], f"weights {name}".strip())
     for trainee, optimizer in zip(stage.trainees, stage._alone, strict=True):
         counter.claim(list(trainee.masters.weights.values()), f"trainable {trainee.name}".strip())
         counter.claim([one for one in trainee.masters if id(one) not in trained], f"masters {trainee.name}".strip())
         counter.claim([one.grad for one in trainee.masters if one.grad is not None], f"gradients {trainee.name}".strip())
         counter.claim([list(state.values()) for state in optimizer.state.values()], f"optimizer {trainee.name}".strip())
+    if isinstance(stage, distill.DistillStage) and isinstance(stage.roles.present, Parking):
+        stage.roles.present.moved = lambda name, weights: counter.claim(weights, f"trainable {name}")
     counter.claim(_tensors(batch), "data")
     if ema is not None:
         with placing(HOST):

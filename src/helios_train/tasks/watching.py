@@ -85,15 +85,20 @@ def videos(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, 
         return [Videos(_of(stage.transformer, own), every, ema)]
     teacher = _of(stage.roles.scores.transformer, build.teacher_sampler(config), TEACHER)
     samples = [
-        (STUDENT, _of(stage.transformer, own, STUDENT), None),
-        ("ema", _of(stage.transformer, own, "ema"), ema),
-        (TEACHER, teacher and _in_role(stage.roles, TEACHER, teacher), None),
+        (STUDENT, STUDENT, _of(stage.transformer, own, STUDENT), None),
+        ("ema", STUDENT, _of(stage.transformer, own, "ema"), ema),
+        (TEACHER, TEACHER, teacher, None),
     ]
-    return [Videos(sampler, every, average, f"{NAME}/{name}") for name, sampler, average in samples if name != "ema" or average]
+    return [
+        Videos(sampler and _in_role(stage.roles, role, sampler), every, average, f"{NAME}/{name}")
+        for name, role, sampler, average in samples
+        if name != "ema" or average
+    ]
 
 
 def _in_role(roles: Roles, role: str, sampler: Callable[[int], Clip]) -> Callable[[int], Clip]:
     def _sample(iteration: int) -> Clip:
+        roles.present(role)
         with roles.backbone(role).run(roles.part(role)):
             return sampler(iteration)
 
