@@ -1,10 +1,11 @@
 """What does the adversary cost? FLOPs counted in the real step of the whole cast, beside a formula, and on `small` the time.
 
-The counted step runs on fake tensors: no weights, no data. The formula counts passes. A judged crop costs the critic's network
-one forward `c` of its tokens, and the heads `h`. The student's turn adds forward, recompute and backward by the inputs: (3 c + 2
-h) with heads recomputed. The critic adds for each of its three samples a forward, a recompute and a backward, and with replay one
-forward more. A mean iteration is four of the critic's and one of both (`stage.every`). The published system's figure at 14 B is
-+47 %, without replay.
+The counted step runs on fake tensors: no weights, no data. The formula counts passes over a judged crop: of the critic's network
+with its adapters `c`, of which `a` in attention and `w` in adapters, and of the heads `h`. The student's turn adds a forward, a
+recompute and a backward by the inputs: 3 c + 1.5 a + 3 h (attention's backward has five products for the forward's two). The
+critic adds for each of its three samples as much, and the gradients of what trains: 3 c + 1.5 a + w + 4 h, and with replay one
+forward more. A mean iteration is five turns of the critic's to one of the student's (`stage.every`). The published system's
+figure at 14 B is +47 %, without replay.
 
 Usage: python benchmarks/gan_cost.py [--models small 14b] [--turns 3]
 """
@@ -14,35 +15,37 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from timing import all_turns, machine
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helios_train.conf.compose import compose
 from helios_train.conf.schema import Config
-from helios_train.data.batch import Window, WindowPair
-from helios_train.data.order import Ref
-from helios_train.history import FRAMES, SECTION, History
-from helios_train.memory.flops import count_flops
-from helios_train.memory.places import materialise
+from helios_train.memory.flops import FlopCounter, count_flops
+from helios_train.memory.plan import extended_flops
 from helios_train.models.codecs import SIDE
-from helios_train.models.loading import fill_buffers
-from helios_train.models.precision import DTYPES, cast
-from helios_train.models.roles import CRITIC
-from helios_train.models.transformer import HeliosTransformer
+from helios_train.models.roles import CRITIC, TEACHER
 from helios_train.objectives.gan import crop_size
 from helios_train.stages.distill import DistillStage
-from helios_train.tasks import build, weights
+from helios_train.tasks.plan import bare_stage, part, with_blocks
 
 RESULT = Path(__file__).parent / "results" / "gan_cost.json"
 CPU = torch.device("cpu")
+DEPTHS, HEADS = (4, 6), 4  # blocks that are traced of a deep model, and discriminator heads on them
 EVERY = 5  # iterations to one turn of the student, as published
 SAMPLES = 3  # the critic's: the student's section, a real one, and that disturbed
-COMMON = ["stage=distill", "data.global_batch=1", "data.micro_batch=1", "stage.gan.start=0", "memory.checkpointing=true"]
+COMMON = [
+    "task=plan",
+    "stage=distill",
+    "data.global_batch=1",
+    "data.micro_batch=1",
+    "stage.gan.start=0",
+    "memory.checkpointing=true",
+]
 MODELS = {
     "small": ["model=small", "data.size=[128,256]", "stage.lora.rank=32"],
     "14b": ["model=14b", "codec=wan", "text=umt5", "data=folder", "data.root=/nowhere", "data.size=[384,640]"],
@@ -63,65 +66,56 @@ def config_of(model: str, arm: str) -> Config:
 
 def stage_of(config: Config, fake: bool) -> DistillStage:
     """The cast on two bases with random or no weights."""
-
-    def _built() -> nn.Module:
-        both = [HeliosTransformer(**weights.shape(config)) for _ in range(2)]
-        for one in both:
-            cast(one, DTYPES[config.model.dtype])
-        build.adapt_cast(config, *both)
-        return nn.ModuleList(both)
-
-    def _filled(both: nn.Module) -> None:
-        for one in both.children():
-            fill_buffers(one)
-
-    student, scores = materialise(_built, fake, _filled).children()
-    assert isinstance(student, HeliosTransformer) and isinstance(scores, HeliosTransformer)
-    for weight in [] if fake else [*student.parameters(), *scores.parameters()]:
-        nn.init.normal_(weight, std=0.02)
-    return build.distill_of(config, student, scores).alone()
+    stage = bare_stage(config, fake).alone()
+    assert isinstance(stage, DistillStage)
+    return stage
 
 
-def batch_of(config: Config) -> list[WindowPair]:
-    """One pair of windows of ones, with a full history."""
-    rows, columns = (side // SIDE for side in config.data.size)
-    history = History(torch.ones(1, 16, FRAMES, rows, columns), torch.ones(1, 16, 1, rows, columns), (FRAMES,), (True,))
-    text = torch.ones(1, config.text.rows, config.text.dim)
-    window = Window(torch.ones(1, 16, SECTION, rows, columns), history, text, (Ref(0, 0, 0, 0),), (3,))
-    return [WindowPair(window, window)]
+def at_depth(count: Callable[[Config], Mapping[str, float]], config: Config) -> dict[str, float]:
+    """What is counted of a config, of a deep model by extension from two few blocks with as many heads."""
+    if config.model.layers <= DEPTHS[1]:
+        return dict(count(config))
+    one, other = (count(with_blocks(config, blocks, HEADS)) for blocks in DEPTHS)
+    return extended_flops(one, other, DEPTHS, config.model.layers)
 
 
-def counted(config: Config) -> dict[str, int]:
+def turns_of(config: Config) -> dict[str, float]:
     """FLOPs of the student's turn alone and of the critic's, on fake tensors, exits as drawn for iteration 0."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        stage, batch = stage_of(config, fake=True), batch_of(config)
+        stage, batch = stage_of(config, fake=True), part(config)
         (pair,) = batch
         student = count_flops(lambda: stage.train_student(pair.first.samples()))
         critic = count_flops(lambda: stage.train_critic([(pair.second.samples()[0], pair.first.samples()[0])]))
     return {"student": student, "critic": critic}
 
 
-def passes(config: Config) -> dict[str, int]:
-    """FLOPs of one forward of the critic on a crop, and of the heads on it."""
+def passes(config: Config) -> dict[str, float]:
+    """FLOPs of one forward on a crop: of the critic's network, of that in attention and in the adapters, and of the heads."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        stage, (pair,) = stage_of(config, fake=True), batch_of(config)
+        stage, (pair,) = stage_of(config, fake=True), part(config)
         rows, columns = crop_size(*(side // SIDE for side in config.data.size))
         x, t = pair.first.target[..., :rows, :columns], torch.ones(1)
-        velocity = stage.roles.velocity(CRITIC)
-        network = count_flops(lambda: velocity(x, t, pair.first.text, pair.first.history))
-        assert stage.cast.logits is not None
         logits = stage.cast.logits
+        assert logits is not None
+        network, plain = (
+            count_flops(lambda role=role: stage.roles.velocity(role)(x, t, pair.first.text, pair.first.history))
+            for role in (CRITIC, TEACHER)
+        )
+        with FlopCounter() as attention:
+            attention.formulas = {op: one for op, one in FlopCounter.formulas.items() if "attention" in str(op)}
+            logits(x, t, pair.first.text, pair.first.history, (0, 0))
         whole = count_flops(lambda: logits(x, t, pair.first.text, pair.first.history, (0, 0)))
-    return {"network": network, "heads": whole - network}
+    return {"network": network, "attention": attention.total, "adapters": network - plain, "heads": whole - network}
 
 
 def formula(config: Config) -> dict[str, float]:
     """What the adversary adds to each turn, in FLOPs."""
-    cost, again = passes(config), float(config.memory.gan_replay)
-    one = cost["network"] + cost["heads"]
+    cost, again = at_depth(passes, config), float(config.memory.gan_replay)
+    network, heads = cost["network"], cost["heads"]
+    once = 3 * network + 1.5 * cost["attention"]  # forward, recompute, backward by the input: attention has five products for two
     return {
-        "student": 3 * one,  # forward, recompute, backward by the input
-        "critic": SAMPLES * ((3 + again) * cost["network"] + (4 + again) * cost["heads"]),  # heads: by their weights too
+        "student": once + 3 * heads,
+        "critic": SAMPLES * (once + again * network + cost["adapters"] + (4 + again) * heads),  # and by the weights that train
     }
 
 
@@ -132,11 +126,11 @@ def mean(found: dict[str, float]) -> float:
 
 def shares(model: str) -> dict[str, Any]:
     """What a mean iteration costs above one without the adversary, counted and by the formula."""
-    plain = mean({name: float(value) for name, value in counted(config_of(model, "off")).items()})
+    plain = mean(at_depth(turns_of, config_of(model, "off")))
     result: dict[str, Any] = {"off": {"pflop": plain / 1e15}}
     for arm in list(ARMS)[1:]:
         config = config_of(model, arm)
-        found = mean({name: float(value) for name, value in counted(config).items()})
+        found = mean(at_depth(turns_of, config))
         result[arm] = {"pflop": found / 1e15, "counted": found / plain - 1, "formula": mean(formula(config)) / plain}
         print(model, arm, json.dumps(result[arm]), flush=True)
     return result
@@ -147,9 +141,9 @@ def measured(model: str, turns: int) -> dict[str, float]:
     works = {}
     for arm in ARMS:
         config = config_of(model, arm)
-        stage, batch = stage_of(config, fake=False), batch_of(config)
+        stage, batch = stage_of(config, fake=False), part(config)
 
-        def _work(stage: DistillStage = stage, batch: list[WindowPair] = batch) -> None:
+        def _work(stage: DistillStage = stage, batch: Any = batch) -> None:
             for iteration in range(EVERY):
                 stage.training_step(batch, iteration)
 

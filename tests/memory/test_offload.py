@@ -12,6 +12,7 @@ from helios_train.conf.compose import compose
 from helios_train.errors import ConfigError
 from helios_train.memory.parking import Parking
 from helios_train.memory.places import DEVICE, HOST
+from helios_train.memory.quantized import FrozenLinear
 from helios_train.tasks import build, plan
 
 TINY = ("model.head_dim=16", "model.rope_dim=[8,4,4]", "model.ffn_dim=64", "model.layers=3", "data.size=[64,64]")
@@ -69,6 +70,17 @@ def test_what_is_parked_is_computed_the_same(park: str) -> None:
     stage = same(CAST, (*AWAY, f"memory.park={park}"))
     assert isinstance(stage.roles.present, Parking)
     assert stage.roles.present.groups.keys() == ({"heads"} if park == "heads" else {"heads", "student", "critic"})
+
+
+def test_a_lineage_in_four_bits_is_parked_too() -> None:
+    """On one shared base: the same numbers, and its packed weights leave with the student's adapter."""
+    words = (*STAGES["distill"], "stage.bases=shared", "model.dtype=bf16")
+    (_, there, one), (stage, away, other) = (
+        trained(words, ("memory=nf4_16gb", f"memory.park={park}")) for park in ("nothing", "idle")
+    )
+    assert repr(one) == repr(other) and all(torch.equal(value, away[name]) for name, value in there.items())
+    lineage = [one for one in stage.roles.present.groups["student"] if isinstance(one, FrozenLinear)]
+    assert len(lineage) == 2 * 2 * 3 * 10, "of two links A and B of ten layers in each of three blocks"
 
 
 def test_a_streamed_base_computes_the_same() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from helios_train.memory.places import DEVICE, HOST, Place, Places
 
@@ -19,11 +19,14 @@ class Parking:
     where the graph has none of its data: in checkpointed blocks.
     """
 
-    def __init__(self, places: Places, groups: Mapping[str, Iterable[Tensor]], needs: Mapping[str, Sequence[str]]):
-        """groups: all on the device. needs: of whoever computes, the groups that must be there."""
+    def __init__(self, places: Places, groups: Mapping[str, Iterable[Tensor | nn.Module]], needs: Mapping[str, Sequence[str]]):
+        """groups: weights, and modules that have buffers alone (quantized layers); all on the device. needs: of whoever computes,
+        the groups that must be there."""
         self.places, self.groups, self.needs = places, {name: list(weights) for name, weights in groups.items()}, needs
         self._here = set(self.groups)
-        self.moved: Callable[[str, list[Tensor]], object] = lambda name, weights: None  # told of a group that came or went
+        self.moved: Callable[[str, list[Tensor | nn.Module]], object] = lambda name, weights: (
+            None
+        )  # told of a group that came or went
 
     def __call__(self, who: str) -> None:
         """`who` is about to compute: what the others alone need leaves, then what is missing comes."""
@@ -35,7 +38,12 @@ class Parking:
                 self._move(name, DEVICE)
 
     def _move(self, name: str, place: Place) -> None:
-        for weight in self.groups[name]:
-            weight.data = self.places.put(weight.data, place)
+        for what in self.groups[name]:
+            if isinstance(what, Tensor):
+                what.data = self.places.put(what.data, place)
+                continue
+            for key, buffer in what._buffers.items():
+                if buffer is not None and buffer.ndim > 0:
+                    what._buffers[key] = self.places.put(buffer, place)
         self._here ^= {name}
         self.moved(name, self.groups[name])

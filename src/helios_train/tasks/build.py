@@ -24,7 +24,7 @@ from helios_train.kernels.dispatch import check_kernels
 from helios_train.memory.offload import Offload
 from helios_train.memory.parking import Parking
 from helios_train.memory.places import HOST, Places
-from helios_train.memory.quantized import quantize
+from helios_train.memory.quantized import FrozenLinear, quantize
 from helios_train.memory.stream import Streamed
 from helios_train.models import adapters, manifest
 from helios_train.models.adapters import NOTHING, Part
@@ -328,13 +328,13 @@ def distill_of(
     assert isinstance(config.stage, DistillStageKeys)
     own = as_student(student, lineage)
     roles = Roles(own, own if student is scores else Backbone(scores), lineage)
-    judging = heads(config, scores)
-    if config.memory.park != "nothing":
-        roles = replace(roles, present=_parking(config, roles, judging))
     for backbone in (roles.student,) if roles.shared else (roles.student, roles.scores):
         computes(config, backbone.transformer.train(), trains=True)
         if config.memory.checkpointing:
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
+    judging = heads(config, scores)
+    if config.memory.park != "nothing":  # of the weights as they are stored now
+        roles = replace(roles, present=_parking(config, roles, judging))
     if config.memory.stream:
         scores.streamed = Streamed(list(scores.blocks), Places(device(config)))
     how, keys = training(config), config.stage.critic
@@ -344,9 +344,14 @@ def distill_of(
 
 def _parking(config: Config, roles: Roles, judging: Heads | None) -> Parking:
     """What of the cast waits on the host while others compute."""
-    groups: dict[str, list[torch.nn.Parameter]] = {HEADS: list(judging.parameters())} if judging else {}
+    groups: dict[str, list[Any]] = {HEADS: list(judging.parameters())} if judging else {}
     if config.memory.park == "idle":
         groups |= {role: list(roles.trainable(role).values()) for role in (STUDENT, CRITIC)}
+        named = list(roles.student.transformer.named_parameters())
+        modules = list(roles.student.transformer.named_modules())
+        for link in roles.lineage.adapters:
+            groups[STUDENT] += [weight for name, weight in named if f".{link}." in name]
+            groups[STUDENT] += [one for name, one in modules if name.endswith(f".{link}") and isinstance(one, FrozenLinear)]
     needs = {STUDENT: [STUDENT], TEACHER: [], CRITIC: [CRITIC], HEADS: [HEADS, CRITIC]}
     return Parking(Places(device(config)), groups, needs)
 

@@ -90,7 +90,7 @@ def plan_of(config: Config) -> Plan:
     if config.plan.exact or depth <= depths[1]:
         report, flops = traced(config)
         return planned(report, flops, costs)
-    (one, some), (other, more) = (traced(_with_blocks(config, blocks, heads)) for blocks in depths)
+    (one, some), (other, more) = (traced(with_blocks(config, blocks, heads)) for blocks in depths)
     return planned(extended(one, other, depths, depth), extended_flops(some, more, depths, depth), costs)
 
 
@@ -118,7 +118,7 @@ def _heads(config: Config) -> int:
     return len(build.head_blocks(config.model.layers) if blocks is None else blocks)
 
 
-def _with_blocks(config: Config, blocks: int, heads: int) -> Config:
+def with_blocks(config: Config, blocks: int, heads: int) -> Config:
     """The same model with so few blocks, and as many heads."""
     smaller = replace(config, model=replace(config.model, layers=blocks))
     if not heads or not isinstance(config.stage, DistillStage):
@@ -246,7 +246,13 @@ def _claim(counter: LiveCounter, stage: Stage, batch: Any, ema: Any) -> None:
         counter.claim([one.grad for one in trainee.masters if one.grad is not None], f"gradients {trainee.name}".strip())
         counter.claim([list(state.values()) for state in optimizer.state.values()], f"optimizer {trainee.name}".strip())
     if isinstance(stage, distill.DistillStage) and isinstance(stage.roles.present, Parking):
-        stage.roles.present.moved = lambda name, weights: counter.claim(weights, f"trainable {name}")
+
+        def _moved(name: str, group: list[Tensor | nn.Module]) -> None:
+            own = [one for one in group if isinstance(one, Tensor) and one.requires_grad]
+            counter.claim(own, f"trainable {name}")
+            counter.claim([one for one in group if not isinstance(one, Tensor) or not one.requires_grad], "lineage")
+
+        stage.roles.present.moved = _moved
     counter.claim(_tensors(batch), "data")
     if ema is not None:
         with placing(HOST):
@@ -304,7 +310,19 @@ def stage_with_weights(config: Config) -> Stage:
 
 
 def _stage(config: Config, fake: bool = True) -> Stage:
-    """The stage of a run, without weights."""
+    """The stage of a run in its worst case: of distill, after the adversary's start, with the rollout that keeps most graphs."""
+    if not isinstance(config.stage, DistillStage):
+        return bare_stage(config, fake)
+    stage = bare_stage(replace(config, stage=replace(config.stage, gan=replace(config.stage.gan, start=0))), fake)
+    assert isinstance(stage, distill.DistillStage)
+    own = stage.recipe.student.rollout
+    most = _MostGraphs(**{field.name: getattr(own, field.name) for field in fields(own)})
+    stage.recipe = replace(stage.recipe, student=replace(stage.recipe.student, rollout=most))
+    return stage
+
+
+def bare_stage(config: Config, fake: bool = True) -> Stage:
+    """The stage of a run with no weights (inside a FakeTensorMode) or small random ones."""
     if not isinstance(config.stage, DistillStage):
         transformer = materialise(partial(_adapted, config), fake, fill_buffers)
         _fill(transformer, fake)
@@ -316,12 +334,7 @@ def _stage(config: Config, fake: bool = True) -> Stage:
     both = list(modules.children())
     student, scores = both[0], both[-1]
     assert isinstance(student, HeliosTransformer) and isinstance(scores, HeliosTransformer)
-    started = replace(config, stage=replace(config.stage, gan=replace(config.stage.gan, start=0)))
-    stage = build.distill_of(started, student, scores, Part(LINKS) if shared else NOTHING)
-    own = stage.recipe.student.rollout
-    most = _MostGraphs(**{field.name: getattr(own, field.name) for field in fields(own)})
-    stage.recipe = replace(stage.recipe, student=replace(stage.recipe.student, rollout=most))
-    return stage
+    return build.distill_of(config, student, scores, Part(LINKS) if shared else NOTHING)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from helios_train.conf.schema import BaseStage as BaseStageKeys
 from helios_train.conf.schema import Config
@@ -190,7 +191,8 @@ def optimizer(config: Config, parameters: Iterable[nn.Parameter]) -> Optimizer:
         return AdamW(list(parameters), fused=True, **common)  # type: ignore[arg-type]
     from bitsandbytes.optim import AdamW8bit  # here: it probes for CUDA when imported
 
-    return AdamW8bit(list(parameters), **common)  # type: ignore[arg-type]
+    with _disable_current_modes():  # its tables of 256 values are real, also where a plan is traced
+        return AdamW8bit(list(parameters), **common)  # type: ignore[arg-type]
 
 
 def learning_rate(config: Config) -> LearningRate:
