@@ -161,8 +161,11 @@ def memory_fits(config: Config) -> Iterator[str]:
         yield "memory.block_inputs=host: blocks that are not recomputed have no inputs that wait; set memory.checkpointing=true"
     if config.memory.optimizer == "host" and config.optimizer.name == "adamw8bit":
         yield "memory.optimizer=host: 8-bit moments live on the device; take optimizer=adamw, or memory.optimizer=device"
-    if config.memory.optimizer == "host" and config.trainer.devices > 1:
-        yield f"memory.optimizer=host: gradients on the host are one device's, trainer.devices={config.trainer.devices}; take one"
+    devices = config.trainer.devices
+    if config.memory.optimizer == "host" and devices > 1:
+        yield f"memory.optimizer=host: gradients on the host are one device's, trainer.devices={devices}; take one"
+    if (config.memory.park != "nothing" or config.memory.stream) and devices > 1:
+        yield f"memory={config.memory.name}: what waits on the host is one device's, trainer.devices={devices}; take one"
 
 
 def _distill(stage: DistillStage) -> Iterator[str]:

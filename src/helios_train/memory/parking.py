@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from helios_train.memory.places import DEVICE, HOST, Place, Places
+from helios_train.memory.places import DEVICE, HOST, Place, Places, tensors_of
 
 
 class Parking:
@@ -20,13 +20,13 @@ class Parking:
     """
 
     def __init__(self, places: Places, groups: Mapping[str, Iterable[Tensor | nn.Module]], needs: Mapping[str, Sequence[str]]):
-        """groups: weights, and modules that have buffers alone (quantized layers); all on the device. needs: of whoever computes,
-        the groups that must be there."""
+        """groups: weights, and modules that have buffers alone (quantized layers); all go to the host. needs: of whoever
+        computes, the groups that must be there. `moved` is told of each group that came or went."""
         self.places, self.groups, self.needs = places, {name: list(weights) for name, weights in groups.items()}, needs
+        self.moved: Callable[[str, list[Tensor | nn.Module]], object] = lambda name, weights: None
         self._here = set(self.groups)
-        self.moved: Callable[[str, list[Tensor | nn.Module]], object] = lambda name, weights: (
-            None
-        )  # told of a group that came or went
+        for name in self.groups:
+            self._move(name, HOST)
 
     def __call__(self, who: str) -> None:
         """`who` is about to compute: what the others alone need leaves, then what is missing comes."""
@@ -36,6 +36,11 @@ class Parking:
         for name in needed:
             if name not in self._here:
                 self._move(name, DEVICE)
+
+    def waiting(self) -> list[Tensor]:
+        """What stands on the host now."""
+        groups = [self.groups[name] for name in self.groups.keys() - self._here]
+        return [tensor for group in groups for what in group for tensor in tensors_of(what)]
 
     def _move(self, name: str, place: Place) -> None:
         for what in self.groups[name]:

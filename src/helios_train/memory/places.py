@@ -8,7 +8,7 @@ given when a storage is made and never changes: bytes do not move, they are copi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -62,6 +62,13 @@ class Places:
             return what if self.place_of(what) == place else self._copy(what, place, non_blocking=False)
         self._put_module(what, place)
         return what
+
+    def put_but(self, module: nn.Module, waiting: Iterable[Tensor]) -> None:
+        """The module's weights and buffers to the device, but for those `waiting` on the host. They stay the objects they are."""
+        stay = {id(tensor) for tensor in waiting}
+        for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values():
+            if id(tensor) not in stay and self.place_of(tensor) != DEVICE:
+                tensor.data = self._copy(tensor.data, DEVICE, non_blocking=False)
 
     def fetch(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """A copy on the device, into `out` if given. Asynchronous from pinned memory, which must outlive the copy."""

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
+from helios_train.memory.parking import Parking
+from helios_train.memory.places import Places
+
 
 class ReplicaStrategy(DDPStrategy):
     """DDPStrategy that leaves the module unwrapped. All replicas build the same weights from the same seed or folder."""
@@ -20,11 +23,18 @@ class ReplicaStrategy(DDPStrategy):
 
 
 class OneDevice(SingleDeviceStrategy):
-    """SingleDeviceStrategy that leaves what optimizers remember where their weights are, which may be the host."""
+    """SingleDeviceStrategy that leaves on the host what waits there, and what optimizers remember where their weights are."""
 
     def __init__(self, device: torch.device):
         """`device`: the CPU, or the first GPU, which takes its number."""
         super().__init__(torch.device(device.type, 0) if device.type == "cuda" else device)
+
+    def model_to_device(self) -> None:
+        """All of the stage but what waits on the host for its turn."""
+        present = getattr(getattr(self.model, "roles", None), "present", None)
+        waiting = present.waiting() if isinstance(present, Parking) else []
+        assert self.model is not None
+        Places(self.root_device).put_but(self.model, waiting)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives each optimizer its state back; torch puts it beside the weight it belongs to."""

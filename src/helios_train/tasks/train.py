@@ -162,7 +162,9 @@ def _strategy(config: Config) -> Strategy | str:
     """How Lightning treats the devices."""
     if config.trainer.devices > 1:
         return ReplicaStrategy(timeout=PATIENCE)
-    return OneDevice(build.device(config)) if config.memory.optimizer == "host" else "auto"
+    memory = config.memory
+    on_host = memory.optimizer == "host" or memory.park != "nothing" or memory.stream
+    return OneDevice(build.device(config)) if on_host else "auto"
 
 
 def trainer(config: Config, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
