@@ -27,14 +27,14 @@ FEW = (2, 2, 2)
 
 
 def arms(folder: Path, teacher: Path | None, mid: Path | None) -> dict[str, tuple[Path, str, Plan]]:
-    """Of each arm the merged folder, the experiment whose config reads it, and how it is sampled."""
+    """Of each arm the merged folder, an experiment of the same data and model, and how it is sampled."""
     merged = sorted(folder.glob("*_merged"))
     of = {path.name.split("_")[1]: path for path in merged}
     return {
         "teacher": (teacher or of["base"], "toy_base", Plan(60)),
         "mid_6": (mid or of["mid"], "toy_mid", Plan(FEW, 2.0)),
-        "regression_6": (of["ode"], "toy_ode", Plan(FEW, 1.0)),
-        "student_6": (of["distill"], "toy_distill", Plan(FEW, 1.0)),
+        "regression_6": (of["ode"], "toy_mid", Plan(FEW, 1.0)),
+        "student_6": (of["distill"], "toy_mid", Plan(FEW, 1.0)),
     }
 
 

@@ -134,6 +134,15 @@ def test_specks_far_away_move_nothing() -> None:
     np.testing.assert_array_equal(specked.area, clean.area)
 
 
+def test_an_object_paler_than_what_is_none() -> None:
+    """Scattered bright specks set the contrast; the frames with the object reach no three quarters of it."""
+    frames = np.zeros((33, 64, 128, 3), np.uint8)
+    frames[:11, 20:44, 40:64] = (150, 0, 0)
+    frames[11:, 4::5, 4::5] = (240, 0, 0)
+    seen = track(frames)
+    assert seen.found == pytest.approx(1 / 3) and seen.colour == (150, 0, 0)
+
+
 def test_shapes_that_have_no_name() -> None:
     y, x = np.mgrid[:64, :128]
     for inside in (

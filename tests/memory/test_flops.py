@@ -32,6 +32,11 @@ def test_products() -> None:
     assert count_flops(lambda: checkpoint(layer, x, use_reentrant=False).sum().backward()) == twice
 
 
+def test_products_in_place() -> None:
+    out, a, b = torch.zeros(4, 16), torch.ones(4, 8), torch.ones(8, 16)
+    assert count_flops(lambda: out.addmm_(a, b)) == 2 * 4 * 8 * 16
+
+
 def test_attention() -> None:
     q, k, v = (torch.randn(2, 3, rows, 8, requires_grad=True) for rows in (5, 7, 7))
     scores = 2 * 2 * 3 * 5 * 7 * 8  # as many as the product with the values

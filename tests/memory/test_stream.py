@@ -105,14 +105,13 @@ def test_the_next_block_is_on_its_way_while_one_computes() -> None:
     passes(blocks)
     uses = [line for line in slow.log if line.startswith("use")]
     assert uses == [f"use {index}" for index in (*range(6), *range(6), *range(5, -1, -1), *range(6))]
-    late = [
-        (line, slow.log[place + 1])
-        for place, line in enumerate(slow.log[:-1])
-        if line.startswith("copy") and slow.log[place + 1] == line.replace("copy", "use")
-    ]
-    assert not late, "no block waits for a copy that its own turn began"
+    turns = [place for place, line in enumerate(slow.log) if line.startswith("use")]
+    began = [place for place, line in enumerate(slow.log) if line.startswith("copy")]
+    for turn, before in zip(turns[2:], turns[1:], strict=False):
+        own = slow.log[turn].replace("use", "copy")
+        assert own not in slow.log[before + 1 : turn], f"{own} was begun in its own turn"
     assert slow.log[:3] == ["copy 0", "copy 1", "use 0"], "but for the very first"
-    assert sum(line.startswith("copy") for line in slow.log) <= len(uses) + 3
+    assert len(began) == 6 + 6 + 4 + 4 + 1, "each block once a pass, but for those still there where the direction turns"
 
 
 def test_a_copier_that_nobody_waits_for_is_seen() -> None:

@@ -27,6 +27,7 @@ from helios_train.errors import ConfigError
 
 MODULE, NAME, VERSION = "helios_train.conf", "config", "1.3"  # the tree, its root, the Hydra it is written for
 CHOSEN = {group: classes for group, classes in GROUPS.items() if "" not in classes}  # groups whose option chooses the class
+ADDED_MEMORY = {"lineage": "bf16", "stream": False, "park": "nothing"}  # keys that are newer than some runs, as those had them
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ def compose_plain(overrides: Sequence[str] = ()) -> DictConfig:
     with _loader() as loader:
         strict.read(overrides, loader, multirun=False)
         return _load(list(overrides), loader)
+
+
+def saved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved config of a run, with keys that came later as runs of its time had them."""
+    return {**config, "memory": {**ADDED_MEMORY, **config.get("memory", {})}}
 
 
 def typed(config: DictConfig | Mapping[str, Any], sweep: bool = False) -> Config:

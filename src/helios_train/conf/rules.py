@@ -148,13 +148,20 @@ def memory_fits(config: Config) -> Iterator[str]:
     """What a memory choice cannot do for this run."""
     if config.memory.name in ONE_BASE and isinstance(config.stage, DistillStage) and config.stage.bases == "distinct":
         yield f"memory={config.memory.name}: holds one base, stage.bases=distinct has two; set stage.bases=shared (or auto)"
-    if config.memory.stream and not (isinstance(config.stage, DistillStage) and config.stage.bases != "shared"):
+    distinct = isinstance(config.stage, DistillStage) and not (
+        config.stage.bases == "shared" or (config.stage.bases == "auto" and config.memory.name in ONE_BASE)
+    )
+    if config.memory.stream and not distinct:
         yield (
             f"memory={config.memory.name}: streams the base of teacher and critic, which only stage=distill on distinct bases "
             "has; set memory.stream=false, or choose another memory"
         )
     if config.memory.stream and not (config.memory.checkpointing and config.memory.checkpoint_every == 1):
         yield "memory.stream=true: a block's weights leave before its backward; set memory.checkpointing=true, checkpoint_every=1"
+    if config.memory.stream and config.model.compile:
+        yield "memory.stream=true and model.compile=true: a compiled block cannot have its weights changed; leave one out"
+    if config.memory.park != "nothing" and config.memory.optimizer != "host":
+        yield "memory.park: what is stepped on the device cannot wait on the host; set memory.optimizer=host, or park=nothing"
     if config.memory.park == "idle" and not (config.memory.checkpointing and config.memory.checkpoint_every == 1):
         yield "memory.park=idle: adapters leave before their backward; set memory.checkpointing=true, checkpoint_every=1"
     if config.memory.block_inputs == "host" and not config.memory.checkpointing:

@@ -173,7 +173,9 @@ def track(frames: Tensor | NDArray[np.uint8], section: int = SECTION_FRAMES) -> 
     centres = np.stack([_mean_position(weight, axis) for axis in (1, 2)], axis=1)
     centres[~present] = np.nan
     background = _rounded(np.median(background_F3, axis=0))
-    colour = _rounded(np.median(pixels[present][away[present] > 0.75 * contrast], axis=0)) if present.any() else None
+    seen = away[present]
+    plain = 0.75 * min(contrast, seen.max(initial=0))  # the frames with the object may be the paler ones
+    colour = _rounded(np.median(pixels[present][seen >= plain], axis=0)) if present.any() else None
     return ToyTrack(
         size=(pixels.shape[1], pixels.shape[2]),
         section=section,

@@ -44,6 +44,7 @@ class FlopCounter(TorchDispatchMode):
     """Adds up in `total` what is computed while it is entered; beside a LiveCounter, inside any FakeTensorMode."""
 
     formulas: Mapping[Any, Callable[..., int]] = flop_registry | {
+        torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],  # in place: torch's table has it not
         _ATTENTION: shape_wrapper(attention_flops),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_backward_flops),
     }

@@ -15,8 +15,9 @@ from helios_train.memory.places import DEVICE, HOST, Place, Places, tensors_of
 class Parking:
     """Groups of weights that are on the device when they are needed.
 
-    The weights stay the Parameters they are; their data are swapped. So a group may leave between a forward and its backward only
-    where the graph has none of its data: in checkpointed blocks.
+    The weights stay the Parameters they are; their data are swapped. A group may leave between a forward and its backward: the
+    weights of checkpointed blocks are in no graph, and of the few others (embedders, patches) the graph keeps the old data on the
+    device, which the new ones equal until the step.
     """
 
     def __init__(self, places: Places, groups: Mapping[str, Iterable[Tensor | nn.Module]], needs: Mapping[str, Sequence[str]]):
@@ -25,6 +26,7 @@ class Parking:
         self.places, self.groups, self.needs = places, {name: list(weights) for name, weights in groups.items()}, needs
         self.moved: Callable[[str, list[Tensor | nn.Module]], object] = lambda name, weights: None
         self._here = set(self.groups)
+        self._frozen: dict[int, Tensor] = {}  # their copies on the host
         for name in self.groups:
             self._move(name, HOST)
 
@@ -45,10 +47,19 @@ class Parking:
     def _move(self, name: str, place: Place) -> None:
         for what in self.groups[name]:
             if isinstance(what, Tensor):
-                what.data = self.places.put(what.data, place)
+                self._swap(what, place)
                 continue
             for key, buffer in what._buffers.items():
                 if buffer is not None and buffer.ndim > 0:
                     what._buffers[key] = self.places.put(buffer, place)
         self._here ^= {name}
         self.moved(name, self.groups[name])
+
+    def _swap(self, weight: Tensor, place: Place) -> None:
+        """A frozen weight's copy on the host is kept: it need not be written back."""
+        if place == HOST and id(weight) in self._frozen:
+            weight.data = self._frozen[id(weight)]
+            return
+        weight.data = self.places.put(weight.data, place)
+        if place == HOST and not weight.requires_grad:
+            self._frozen[id(weight)] = weight.data

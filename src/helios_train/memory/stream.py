@@ -2,7 +2,8 @@
 
 A block's weights (0.7 GB at 14 B) are copied from pinned memory into one of a few slots while earlier blocks compute, on a stream
 of its own; nothing is ever written back. A forward takes the blocks upwards, a backward (which computes each again) downwards, so
-the next one is known. An event says when a block has arrived, another when whoever used the slot before is done.
+the next one is known. A copy begins when all that was computed before it was asked for is done, the block before the one that
+computes with its backward among that; an event says when it has arrived.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from helios_train.memory.places import DEVICE, Places
 
-SLOTS = 3  # the block that computes, the one before it (its backward may still run), the one that arrives
+SLOTS = 3  # the block that computes, the one that arrives, and one more: it spares a copy where the direction turns
 
 
 class Copier(Protocol):

@@ -42,7 +42,7 @@ class _Now(torch.autograd.Function):
 def now(weight: Tensor) -> Tensor:
     """The weight for one call: in a backward its gradient by that call goes to `.grad`, and to the hooks that wait for it, at
     once. torch.autograd.grad does not see it through this; inside `gathered` it does."""
-    if not weight.requires_grad or _gathered.get() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not weight.requires_grad or _gathered.get():
         return weight
     return _Now.apply(weight)  # type: ignore[no-any-return]
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from helios_train.memory.parking import Parking
@@ -35,6 +36,7 @@ class OneDevice(SingleDeviceStrategy):
         waiting = present.waiting() if isinstance(present, Parking) else []
         assert self.model is not None
         Places(self.root_device).put_but(self.model, waiting)
+        _update_properties(self.model, device=self.root_device)  # as module.to would: callbacks ask the stage for its device
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Gives each optimizer its state back; torch puts it beside the weight it belongs to."""

@@ -327,6 +327,7 @@ def bare_stage(config: Config, fake: bool = True) -> Stage:
         transformer = materialise(partial(_adapted, config), fake, fill_buffers)
         _fill(transformer, fake)
         assert isinstance(transformer, HeliosTransformer)
+        build.computes(config, transformer, trains=True)
         return build.stage_of(config, transformer)
     shared = build.shares_base(config)
     modules = materialise(partial(_cast, config, shared), fake, _fill_all)

@@ -109,7 +109,7 @@ def _origin(config: Config) -> Origin:
             f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt"
         )
     if path.suffix == ".ckpt" or (path / "config.yaml").is_file():
-        run = compose.typed(RunFolder.open(path.parent.parent if path.suffix == ".ckpt" else path).load_config())
+        run = compose.typed(compose.saved(RunFolder.open(path.parent.parent if path.suffix == ".ckpt" else path).load_config()))
         # The run knows its encoders, and where their weights lay; weights of the same kind named now may have moved.
         codec = config.codec if config.codec.name == run.codec.name and getattr(config.codec, "weights", None) else run.codec
         text = config.text if config.text.name == run.text.name and getattr(config.text, "weights", None) else run.text

@@ -78,7 +78,11 @@ def _folder(config: Config, raw: dict[str, Any]) -> tuple[RunFolder, Path | None
         if RUN_DIR not in os.environ:
             raise InputError("this process is one of several and was told no run folder; let trainer.devices start them")
         folder = RunFolder.open(Path(os.environ[RUN_DIR]))
-        return folder, folder.newest_checkpoint() if config.resume else None, compose.typed(_kept(folder.load_config(), raw))
+        return (
+            folder,
+            folder.newest_checkpoint() if config.resume else None,
+            compose.typed(_kept(compose.saved(folder.load_config()), raw)),
+        )
     existing = _to_resume(config, raw)
     if existing is None:
         default = default_folder(config.stage.name, config.experiment.name, datetime.now())
@@ -86,7 +90,7 @@ def _folder(config: Config, raw: dict[str, Any]) -> tuple[RunFolder, Path | None
         folder.lock()
         checkpoint = None
     else:
-        folder, raw = existing, _kept(existing.load_config(), raw)
+        folder, raw = existing, _kept(compose.saved(existing.load_config()), raw)
         folder.lock()
         checkpoint = folder.newest_checkpoint()
         print(f"resuming {folder.path} at iteration {iteration_of(checkpoint) if checkpoint else 0}", flush=True)
@@ -107,12 +111,12 @@ def _to_resume(config: Config, raw: dict[str, Any]) -> RunFolder | None:
         folder = RunFolder.open(Path(config.run_dir))
     else:
         parent = default_folder(config.stage.name, config.experiment.name, datetime.now()).parent
-        found = find_resumable(parent, lambda saved: not sameness.changed(saved, raw), config.trainer.max_steps)
+        found = find_resumable(parent, lambda kept: not sameness.changed(compose.saved(kept), raw), config.trainer.max_steps)
         if found is None:
             print(f"resume=auto: no unfinished run like this one in {parent}; starting a new one", flush=True)
             return None
         folder = RunFolder.open(found)
-    sameness.refuse(sameness.changed(folder.load_config(), raw), folder.path, folder.config.name)
+    sameness.refuse(sameness.changed(compose.saved(folder.load_config()), raw), folder.path, folder.config.name)
     return folder
 
 

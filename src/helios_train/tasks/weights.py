@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from helios_train.conf.compose import typed
+from helios_train.conf.compose import saved, typed
 from helios_train.conf.schema import Config
 from helios_train.conf.schema import MidStage as MidStageKeys
 from helios_train.errors import InputError
@@ -186,7 +186,7 @@ def content_of(path: Path) -> tuple[Path, Config, dict[str, Any]]:
         if newest is None:
             raise InputError(f"{path}: holds no checkpoint yet; let the run reach one (checkpoint.every iterations)")
         file = newest
-    return file, typed(folder.load_config()), checkpoint.read(file)
+    return file, typed(saved(folder.load_config())), checkpoint.read(file)
 
 
 def trained(path: Path, weights: str) -> Trained:
