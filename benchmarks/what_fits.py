@@ -36,19 +36,19 @@ def planned(words: list[str]) -> dict[str, Any]:
     record = found.record()
     kinds = {kind: sum(size for group, size in record["by_group"].items() if group.startswith(kind)) for kind in GROUPS}
     keys = ("peak_gib", "moment", "reserved_gib", "host_gib", "fits")
-    return {key: record[key] for key in keys} | {"by_kind": kinds, "pflop": sum(record["flops"].values()) / 1e15}
+    return {key: record[key] for key in keys} | {"by_kind": kinds}
 
 
 def table(rows: dict[str, Any]) -> str:
     """As README has it."""
     lines = [
-        "| `memory=` | trains | batch | peak, GiB | taken with context and fragmentation | on the host | PFLOP | fits |",
-        "|---|---|---|---|---|---|---|---|",
+        "| `memory=` | trains | batch | peak, GiB | taken with context and fragmentation | on the host | fits |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         stage, batch, _ = ROWS[name]
         smallest = next((card for card, fits in row["fits"].items() if fits), "none")
-        figures = f"{row['peak_gib']:.1f} | {row['reserved_gib']:.1f} | {row['host_gib']:.0f} | {row['pflop']:.1f}"
+        figures = f"{row['peak_gib']:.1f} | {row['reserved_gib']:.1f} | {row['host_gib']:.0f}"
         lines.append(f"| `{name.partition(',')[0]}` | `{stage}` | {batch} | {figures} | {smallest} and up |")
     return "\n".join(lines) + "\n"
 

@@ -32,4 +32,3 @@ def test_the_table_is_what_the_planner_finds(what_fits: ModuleType, name: str) -
     known, found = json.loads(RESULT.read_text())[name], what_fits.planned(what_fits.ROWS[name][2])
     assert found["peak_gib"] == pytest.approx(known["peak_gib"], rel=0.005) and found["moment"] == known["moment"]
     assert found["fits"] == known["fits"] and found["host_gib"] == pytest.approx(known["host_gib"], rel=0.005)
-    assert found["pflop"] == pytest.approx(known["pflop"], rel=0.005)

@@ -7,7 +7,9 @@ held-out clips with every arm from the same noise, and writes results/evidence/d
 arm that is there is not sampled again. The teacher's figures are those of mid_against_base_SEED.json where that is there: the
 same folder, captions and noise.
 
-Usage: python benchmarks/evidence/distilled_against_teacher.py SEED [FOLDER [TEACHER MID]]
+A further merged student (`toy_distill` with other words) is an arm under a name of its own: NAME=FOLDER.
+
+Usage: python benchmarks/evidence/distilled_against_teacher.py SEED [FOLDER [TEACHER MID [NAME=FOLDER ...]]]
 """
 
 from __future__ import annotations
@@ -40,14 +42,16 @@ def arms(folder: Path, teacher: Path | None, mid: Path | None) -> dict[str, tupl
 
 def main() -> None:
     """One seed."""
-    seed, given = int(sys.argv[1]), [Path(path) for path in sys.argv[2:]]
+    seed, given = int(sys.argv[1]), [Path(path) for path in sys.argv[2:] if "=" not in path]
+    further = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
     folder = given[0] if given else Path(f"runs/evidence/student_{seed}")
     teacher, mid = given[1:] if len(given) > 1 else (None, None)
     path, before = RESULTS / f"distilled_against_teacher_{seed}.json", RESULTS / f"mid_against_base_{seed}.json"
     known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seed": seed, "clips": CLIPS}
     if "teacher" not in known and before.is_file():
         known["teacher"] = json.loads(before.read_text())["base"] | {"from": before.name}
-    for name, (merged, experiment, plan) in arms(folder, teacher, mid).items():
+    every = arms(folder, teacher, mid) | {name: (Path(path), "toy_mid", Plan(FEW, 1.0)) for name, path in further.items()}
+    for name, (merged, experiment, plan) in every.items():
         if name in known:
             continue
         config = compose([f"experiment={experiment}", "data.size=[64,128]", f"init={merged}", f"seed={seed}"])

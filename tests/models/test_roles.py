@@ -111,7 +111,8 @@ def test_checkpointing_changes_no_gradient_while_roles_take_turns(
 
     plain, again = gradients(False), gradients(True)
     for name, gradient in plain.items():
-        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+        distance = (again[name] - gradient).norm() / gradient.norm()  # samples are added in another order
+        assert distance < 1e-6, f"{name}: {distance:.1e}"
 
 
 def test_without_the_role_of_the_forward_a_recompute_is_wrong(ours: HeliosTransformer, inputs: Inputs) -> None:

@@ -42,6 +42,30 @@ class Part(NamedTuple):
     indices: tuple[int, ...]
 
 
+class _Samples:
+    """Tokens on their way through the blocks: all samples at once where activations are kept, else one by one.
+
+    A sample alone fills a GPU, and those of a batch do not see one another: recomputed one by one, one's activations are alive.
+    """
+
+    def __init__(self, x_BLD: Tensor, text_BLD: Tensor, modulation_BR6D: Tensor):
+        self._x, self._conditions = [x_BLD], (text_BLD, modulation_BR6D)
+
+    @property
+    def tokens(self) -> Tensor:
+        """All of them, [B, L, D]."""
+        return self._x[0] if len(self._x) == 1 else torch.cat(self._x)
+
+    def run(self, block: Callable[..., Tensor], at_once: bool = False) -> None:
+        """Through `block(x, text, modulation)`."""
+        if at_once:
+            self._x = [block(self.tokens, *self._conditions)]
+            return
+        alone = [condition.split(1) for condition in self._conditions]
+        rows = self._x if len(self._x) > 1 else self._x[0].split(1)
+        self._x = [block(row, *given) for row, *given in zip(rows, *alone, strict=True)]
+
+
 class HeliosTransformer(HeliosTransformer3DModel):
     """diffusers' HeliosTransformer3DModel with the calls that objectives, samplers and discriminators share.
 
@@ -162,17 +186,17 @@ class HeliosTransformer(HeliosTransformer3DModel):
         time_BD, modulation_BR6D, text_BLD = self._conditions(timestep, text, split)
         features: list[Tensor] = []
         blocks = self.blocks if to_the_end else self.blocks[: wanted[-1] + 1]
+        samples = _Samples(x_BLD, text_BLD, modulation_BR6D)
         for number, block in enumerate(blocks):
-            given = (x_BLD, text_BLD, modulation_BR6D, table, split, self.kernels)
             if self._kept(number, len(blocks)):
-                x_BLD = block(*given)
+                samples.run(lambda *given, block=block: block(*given, table, split, self.kernels), at_once=True)
             else:
-                x_BLD = self._checkpointed(block, *given)
+                samples.run(lambda *given, block=block: self._checkpointed(block, *given, table, split, self.kernels))
             if number in wanted:
-                features.append(x_BLD[:, split:])
+                features.append(samples.tokens[:, split:])
         if not to_the_end:
             return None, features
-        return self._unpatched(self._normed_out(x_BLD[:, split:], time_BD), parts[-1].latents.shape), features
+        return self._unpatched(self._normed_out(samples.tokens[:, split:], time_BD), parts[-1].latents.shape), features
 
     def _checkpointed(self, block: Block, x_BLD: Tensor, *given: Any) -> Tensor:
         """The block, of which its input alone is kept. It draws no random numbers, so none are preserved."""
