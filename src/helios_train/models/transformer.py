@@ -188,7 +188,7 @@ class HeliosTransformer(HeliosTransformer3DModel):
         blocks = self.blocks if to_the_end else self.blocks[: wanted[-1] + 1]
         samples = _Samples(x_BLD, text_BLD, modulation_BR6D)
         for number, block in enumerate(blocks):
-            if self._kept(number, len(blocks)):
+            if self._kept(number, len(blocks), len(x_BLD)):
                 samples.run(lambda *given, block=block: block(*given, table, split, self.kernels), at_once=True)
             else:
                 samples.run(lambda *given, block=block: self._checkpointed(block, *given, table, split, self.kernels))
@@ -212,9 +212,9 @@ class HeliosTransformer(HeliosTransformer3DModel):
                 context_fn=lambda: (nullcontext(), again()),
             )
 
-    def _kept(self, number: int, count: int) -> bool:
+    def _kept(self, number: int, count: int, samples: int) -> bool:
         """Whether block `number` of `count` keeps its activations for backward, or needs none."""
-        spared = self._spared and number == count - 1
+        spared = self._spared and number == count - 1 and samples == 1
         return not self._every or number % self._every != 0 or spared or not torch.is_grad_enabled()
 
     def _embedded(self, part: Part) -> Tensor:
@@ -296,7 +296,8 @@ class HeliosTransformer(HeliosTransformer3DModel):
         """Keep only the input of every `every`-th block in the forward and compute that block again in backward.
 
         `spare_last`: not the last one, whose turn comes first in backward: where that follows at once, it costs no memory and
-        saves a recompute; where several graphs wait for it, it costs one block's activations a graph. `context`, called as a
+        saves a recompute (of one sample alone: several keep none); where several graphs wait for it, it costs one block's
+        activations a graph. `context`, called as a
         block is called, gives what makes the contexts of its recomputes, for a caller who must restore what they depend on.
         """
         self._again = context or _plainly
