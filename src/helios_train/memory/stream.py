@@ -113,19 +113,19 @@ class Streamed:
     def use(self, number: int) -> None:
         """Block `number` is about to compute: its weights are there, and the next one's are on their way."""
         self._turn += 1
-        slot = self._bring(number, number)
+        slot = self._bring(number)
         self.copier.wait(slot.arrived)
         slot.used = self._turn
         upwards = number == 0 or number > self._last  # a pass begins with block 0; a backward with the last, twice in a row
         self._last = number
-        self._bring((number + (1 if upwards else -1)) % len(self._where), number)
+        self._bring((number + (1 if upwards else -1)) % len(self._where))
 
-    def _bring(self, number: int, computing: int) -> _Slot:
-        """The slot of a block: where it is, or that which was used longest ago, but for the one that computes."""
+    def _bring(self, number: int) -> _Slot:
+        """The slot of a block: where it is, or that which was used longest ago, so never the one that computes."""
         for slot in self._slots:
             if slot.block == number:
                 return slot
-        slot = min((slot for slot in self._slots if slot.block is None or slot.block != computing), key=lambda slot: slot.used)
+        slot = min(self._slots, key=lambda slot: slot.used)
         if slot.block is not None:
             self._point(slot.block, [tensor.new_empty(0) for tensor in slot.tensors])
         slot.block = number
