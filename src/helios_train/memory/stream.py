@@ -21,7 +21,7 @@ SLOTS = 3  # the block that computes, the one that arrives, and one more: it spa
 
 
 class Copier(Protocol):
-    """Copies host tensors to the device beside what is computed there."""
+    """Copies host tensors to the device beside what is computed there, in the order in which copies are begun."""
 
     def mark(self) -> Any:
         """Now, in the order of what is computed."""

@@ -25,12 +25,14 @@ class _Now(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
+        """The weight."""
         ctx.set_materialize_grads(False)
         ctx.weight = weight
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> None:  # type: ignore[override]
+        """Adds to `.grad`, and calls the weight's hooks."""
         if gradient is None:
             return
         weight = ctx.weight
