@@ -68,3 +68,12 @@ def test_on_fake_tensors() -> None:
             x = torch.zeros(2, 256, requires_grad=True)
             FrozenLinear(plain, kind)(x).sum().backward()
             assert x.grad is not None and x.grad.shape == x.shape
+
+
+def test_each_row_has_a_scale_of_its_own() -> None:
+    """int8: a row's error is at most half a step of its own largest weight, however large the others are."""
+    plain = nn.Linear(64, 7).requires_grad_(False)
+    with torch.no_grad():
+        plain.weight.copy_(torch.linspace(-1, 1, 7 * 64).view(7, 64) * 10.0 ** torch.arange(-3, 4).view(7, 1))
+    error = (FrozenLinear(plain, "int8").weight - plain.weight).abs().amax(dim=1)
+    assert (error <= 0.501 * plain.weight.abs().amax(dim=1) / 127).all() and error.max() > 0
