@@ -18,6 +18,7 @@ OPTIONS = [(path.parts[0], path.stem) for path in FILES if len(path.parts) == 2 
 NEEDS = {  # what an option cannot stand without
     ("model", "14b"): ["text=umt5"],
     ("text", "umt5"): ["model=14b"],
+    ("memory", "stream"): ["stage=distill"],
 }
 
 

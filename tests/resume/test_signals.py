@@ -36,6 +36,7 @@ def test_resume_refuses_what_may_not_change(runs: Runs) -> None:
     assert "optimizer.lr" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_resume_auto_finds_the_newest_unfinished_run(runs: Runs, tmp_path: Path) -> None:
     command, environment = runs.command("unused", 1, 0, "trainer.max_steps=2")
     command = [argument for argument in command if not argument.startswith("run_dir=")]

@@ -94,6 +94,7 @@ with VideoFiles(Path(sys.argv[1]), sys.argv[2], 25, 100) as files:
     for section in range(100):
         files.add(torch.randint(256, (33, 64, 64, 3), dtype=torch.uint8))
         print(section, flush=True)
+        time.sleep(600 if section == 3 else 0)
 """
     for name in ("0", "1"):
         child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], stdout=subprocess.PIPE, text=True)

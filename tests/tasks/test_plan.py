@@ -143,7 +143,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would(
     between = (plain.reserved + away.reserved) / 2
     with pytest.raises(
         InputError,
-        match=r"memory=plain: an iteration takes .* GiB, in .*; take memory=single .* or memory=h100_80gb .* or memory=shared",
+        match=r"memory=plain: an iteration takes .* GiB, in .*; take memory=h100_80gb .* or memory=shared",
     ):
         plan.must_fit(config, between)
     with pytest.raises(InputError, match="no memory= choice does"):
