@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,6 +114,7 @@ def test_a_profiler_says_the_same(name: str, memory: str, monkeypatch: pytest.Mo
     stages = {"ode": FEW, "distill": (*FEW, "stage.every=1"), "shared": ("stage=distill", *FEW, "stage.every=1")}
     config = compose(["task=plan", f"stage={name if name != 'shared' else 'distill'}", *given, *stages.get(name, ())])
     found = plan.plan_of(config)
+    gc.collect()  # an earlier test's stage, let go of meanwhile, would be taken off
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as seen:
         own = name in ("distill", "shared")  # which need folders to be built from
         stage = (plan.stage_with_weights(config) if own else build.stage(replace(config, init=None))).alone()

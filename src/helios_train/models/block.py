@@ -11,9 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from helios_train.kernels.gated_residual import gated_residual, gated_residual_layer_norm, gated_residual_modulated_norm
@@ -23,27 +22,6 @@ from helios_train.kernels.modulated_norm import modulated_norm
 from helios_train.models.lora import gathered, now, through
 
 ROWS = 4096  # tokens in a piece of the feed-forward: whole waves of a GPU's matrix products
-
-
-class _Frozen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b."""
-        ctx.weight = weight
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        """dy W."""
-        return dy @ ctx.weight, None, None
-
-
-def _last(layer: nn.Module, x: Tensor) -> Tensor:
-    """The last layer of a block. A frozen one "saves" nothing: torch saves the weight, and a checkpoint then runs it for that."""
-    plain = type(layer) is nn.Linear and not any(part.requires_grad for part in layer.parameters())
-    if not plain or torch.compiler.is_compiling():
-        return layer(x)  # type: ignore[no-any-return]
-    return _Frozen.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
 
 
 class _Kept(torch.autograd.Function):
@@ -149,7 +127,7 @@ class Block(HeliosTransformerBlock):
     def pieces(self, normed_BLD: Tensor, kernels: str) -> Tensor:
         """The feed-forward, piece by piece: in backward the hidden gradients of one piece are alive at a time."""
         widen, narrow = self.ffn.net[0].proj, self.ffn.net[2]
-        pieces = [_last(narrow, gelu_tanh(widen(piece), kernels)) for piece in normed_BLD.flatten(0, 1).split(ROWS)]
+        pieces = [narrow(gelu_tanh(widen(piece), kernels)) for piece in normed_BLD.flatten(0, 1).split(ROWS)]
         return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view_as(normed_BLD)
 
     def _before_text(self, x_BLD: Tensor, attended: Tensor, gate: Tensor, split: int, kernels: str) -> tuple[Tensor, Tensor]:
