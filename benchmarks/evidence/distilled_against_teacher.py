@@ -1,72 +1,47 @@
-"""Is a student of 2+2+2 steps without guidance as good as its guided Base teacher in 60, and better than Mid in as few?
+"""Is a few-step student without guidance as good as its guided Base teacher in 60 steps, and better than Mid in as few?
 
-Reads the chain folder of one seed, made by
-    python -m helios_train experiment=toy_student seed=SEED run_dir=runs/evidence/student_SEED resume=auto
-or one that has the student alone (init= a merged Mid model, two links), with the teacher's folder named; samples the captions of
-held-out clips with every arm from the same noise, and writes results/evidence/distilled_against_teacher_SEED.json, arm by arm; an
-arm that is there is not sampled again. The teacher's figures are those of mid_against_base_SEED.json where that is there: the
-same folder, captions and noise.
+By number of steps, for Mid, the student after regression, after distribution matching alone, and with the adversary besides; all
+made first where they are missing (arms.py). Three levels take three steps at least. All few-step arms take twice as many where
+nothing precedes a section, as a student is trained to. Samples the captions of held-out clips, every arm from the same noise, and
+writes results/evidence/distilled_against_teacher_SEED.json, arm by arm; an arm that is there is not sampled again. The teacher's
+figures at guidance 3 are those of mid_against_base_SEED.json where that is there: the same model, captions and noise.
 
-A further merged student (`toy_distill` with other words) is an arm under a name of its own: NAME=FOLDER.
-
-Usage: python benchmarks/evidence/distilled_against_teacher.py SEED [FOLDER [TEACHER MID [NAME=FOLDER ...]]]
+Usage: python benchmarks/evidence/distilled_against_teacher.py SEED [ARM ...]
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
-from typing import Any
 
-from mid_against_base import CLIPS, RESULTS
-from quality import Plan, Real, figures, sample
+from arms import merged
+from quality import RESULTS, Plan, Results
 
-from helios_train.conf.compose import compose
-from helios_train.tasks import build
-
-FEW = (2, 2, 2)
-
-
-def arms(folder: Path, teacher: Path | None, mid: Path | None) -> dict[str, tuple[Path, str, Plan]]:
-    """Of each arm the merged folder, an experiment of the same data and model, and how it is sampled."""
-    merged = sorted(folder.glob("*_merged"))
-    of = {path.name.split("_")[1]: path for path in merged}
-    return {
-        "teacher": (teacher or of["base"], "toy_base", Plan(60)),
-        "mid_6": (mid or of["mid"], "toy_mid", Plan(FEW, 2.0)),
-        "regression_6": (of["ode"], "toy_mid", Plan(FEW, 1.0)),
-        "student_6": (of["distill"], "toy_mid", Plan(FEW, 1.0)),
-    }
+STEPS = {3: (1, 1, 1), 4: (1, 1, 2), 6: (2, 2, 2), 12: (4, 4, 4)}
+FEW = {"mid": ("mid", 2.0), "regression": ("ode", 1.0), "alone": ("alone", 1.0), "student": ("student", 1.0)}
+ARMS = {
+    "teacher": ("base", "toy_base", Plan(60)),
+    "teacher_guidance_2": ("base", "toy_base", Plan(60, 2.0)),  # as strong as in matching
+    **{
+        f"{name}_{count}": (arm, "toy_mid", Plan(steps, guidance, amplify=True))
+        for count, steps in STEPS.items()
+        for name, (arm, guidance) in FEW.items()
+    },
+}
 
 
 def main() -> None:
     """One seed."""
-    seed, given = int(sys.argv[1]), [Path(path) for path in sys.argv[2:] if "=" not in path]
-    further = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
-    folder = given[0] if given else Path(f"runs/evidence/student_{seed}")
-    teacher, mid = given[1:] if len(given) > 1 else (None, None)
-    path, before = RESULTS / f"distilled_against_teacher_{seed}.json", RESULTS / f"mid_against_base_{seed}.json"
-    known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seed": seed, "clips": CLIPS}
-    if "teacher" not in known and before.is_file():
-        known["teacher"] = json.loads(before.read_text())["base"] | {"from": before.name}
-    every = arms(folder, teacher, mid) | {name: (Path(path), "toy_mid", Plan(FEW, 1.0)) for name, path in further.items()}
-    for name, (merged, experiment, plan) in every.items():
-        if name in known:
-            continue
-        config = compose([f"experiment={experiment}", "data.size=[64,128]", f"init={merged}", f"seed={seed}"])
-        real = Real.of(config, CLIPS)
-        made = sample(config, merged, real.captions, plan)
-        spec = build.toy_spec(config)
-        assert spec is not None
-        known[name] = figures(real, made["latents"], made["tracks"], spec.speed) | {"seconds_a_section": made["seconds"]}
-        print(name, json.dumps(known[name]), flush=True)
-        path.write_text(json.dumps(known, indent=1) + "\n")
-    energy = {name: known[name]["energy"] for name in ("teacher", "mid_6", "regression_6", "student_6")}
-    known["student_over_teacher"] = energy["student_6"] / energy["teacher"]
-    known["mid_over_student"] = energy["mid_6"] / energy["student_6"]
-    path.write_text(json.dumps(known, indent=1) + "\n")
-    print(energy, {name: round(known[name], 2) for name in ("student_over_teacher", "mid_over_student")})
+    results = Results("distilled_against_teacher", int(sys.argv[1]))
+    before = RESULTS / f"mid_against_base_{results.seed}.json"
+    if "teacher" not in results.known and before.is_file():
+        results.add("teacher", json.loads(before.read_text())["base"] | {"from": before.name})
+    for name in sys.argv[2:] or ARMS:
+        arm, experiment, plan = ARMS[name]
+        if name not in results.known:
+            results.measure(name, merged(results.seed, arm), experiment, plan)
+    energy = {name: results.known[name]["energy"] for name in ARMS if name in results.known}
+    print("energy distance, times the teacher's:", {name: round(value / energy["teacher"], 2) for name, value in energy.items()})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ caption has them, motion inside sections, jumps across borders) and the energy d
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -16,16 +17,20 @@ import torch
 from torch import Tensor
 
 from helios_train import rng
+from helios_train.conf.compose import compose
 from helios_train.conf.schema import Config
 from helios_train.evaluation.energy import energy_distance
 from helios_train.evaluation.toy import ToyTrack, join_tracks, track
 from helios_train.evaluation.toy_verdict import judge
 from helios_train.models.codecs import Codec
 from helios_train.models.text import pad
+from helios_train.run import write
 from helios_train.sampling.pipeline import Sections, build_pipeline, grown, pixels
 from helios_train.sampling.start import from_nothing
 from helios_train.tasks import build, weights
 
+RESULTS = Path(__file__).parent.parent / "results" / "evidence"
+CLIPS = 32  # held-out captions of a seed
 BATCH = 8  # videos at once
 SECTIONS = 4  # of a video: three borders
 
@@ -36,6 +41,7 @@ class Plan:
 
     steps: int | tuple[int, ...]
     guidance: float = 3.0
+    amplify: bool = False  # twice the steps where nothing precedes a section, which a student does by itself
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,31 @@ class Real:
         return cls(latents, [data.store.meta(sample)["caption"][0] for sample in chosen])
 
 
+class Results:
+    """The figures of a question and seed in results/evidence, arm by arm; what is there is not measured again."""
+
+    def __init__(self, question: str, seed: int):
+        self.path, self.seed = RESULTS / f"{question}_{seed}.json", seed
+        self.known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.known |= {"seed": seed, "clips": CLIPS}
+
+    def add(self, name: str, found: Any) -> None:
+        """An arm's figures, kept at once."""
+        print(name, json.dumps(found), flush=True)
+        self.known[name] = found
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write(self.path, json.dumps(self.known, indent=1) + "\n")
+
+    def measure(self, name: str, folder: Path, experiment: str, plan: Plan) -> None:
+        """Samples the model in `folder` for the held-out captions, and keeps its figures."""
+        config = compose([f"experiment={experiment}", "data.size=[64,128]", f"init={folder}", f"seed={self.seed}"])
+        real = Real.of(config, CLIPS)
+        made = sample(config, folder, real.captions, plan)
+        spec = build.toy_spec(config)
+        assert spec is not None
+        self.add(name, figures(real, made["latents"], made["tracks"], spec.speed) | {"seconds_a_section": made["seconds"]})
+
+
 @torch.no_grad()
 def sample(config: Config, folder: Path, captions: list[str], plan: Plan) -> dict[str, Any]:
     """Videos of the model in `folder`: latents a video, tracks, and seconds a section of one video."""
@@ -70,9 +101,8 @@ def sample(config: Config, folder: Path, captions: list[str], plan: Plan) -> dic
         numbers = range(first, first + len(some))
         embeddings = pad(text.encode(some), text.rows)
         generators = [rng.torch_generator(config.seed, "sample", number) for number in numbers]
-        denoise = Sections(
-            build_pipeline(begun.transformer, codec, settings), settings.steps(plan.steps), plan.guidance, generators
-        )
+        pipeline, amplify = build_pipeline(begun.transformer, codec, settings), plan.amplify or settings.amplify
+        denoise = Sections(pipeline, settings.steps(plan.steps), plan.guidance, generators, amplify)
         history = from_nothing(len(some), codec.channels, config.data.size)
         sections = list(grown(denoise, [embeddings] * SECTIONS, history))
         latents += torch.stack(sections, dim=1).unbind(0)
