@@ -1,8 +1,8 @@
 """Is a few-step student without guidance as good as its guided Base teacher in 60 steps, and better than Mid in as few?
 
 By number of steps, for Mid, the student after regression, after distribution matching alone, and with the adversary besides; all
-made first where they are missing (arms.py). Three levels take three steps at least. All few-step arms take twice as many where
-nothing precedes a section, as a student is trained to. Samples the captions of held-out clips, every arm from the same noise, and
+made first where they are missing (arms.py). Three levels take three steps at least. A student takes twice as many where nothing
+precedes a section, as it is trained to. Samples the captions of held-out clips, every arm from the same noise, and
 writes results/evidence/distilled_against_teacher_SEED.json, arm by arm; an arm that is there is not sampled again. The teacher's
 figures at guidance 3 are those of mid_against_base_SEED.json where that is there: the same model, captions and noise.
 
@@ -23,7 +23,7 @@ ARMS = {
     "teacher": ("base", "toy_base", Plan(60)),
     "teacher_guidance_2": ("base", "toy_base", Plan(60, 2.0)),  # as strong as in matching
     **{
-        f"{name}_{count}": (arm, "toy_mid", Plan(steps, guidance, amplify=True))
+        f"{name}_{count}": (arm, "toy_mid", Plan(steps, guidance))
         for count, steps in STEPS.items()
         for name, (arm, guidance) in FEW.items()
     },

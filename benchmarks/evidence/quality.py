@@ -41,7 +41,6 @@ class Plan:
 
     steps: int | tuple[int, ...]
     guidance: float = 3.0
-    amplify: bool = False  # twice the steps where nothing precedes a section, which a student does by itself
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def sample(config: Config, folder: Path, captions: list[str], plan: Plan) -> dic
         numbers = range(first, first + len(some))
         embeddings = pad(text.encode(some), text.rows)
         generators = [rng.torch_generator(config.seed, "sample", number) for number in numbers]
-        pipeline, amplify = build_pipeline(begun.transformer, codec, settings), plan.amplify or settings.amplify
-        denoise = Sections(pipeline, settings.steps(plan.steps), plan.guidance, generators, amplify)
+        pipeline, steps = build_pipeline(begun.transformer, codec, settings), settings.steps(plan.steps)
+        denoise = Sections(pipeline, steps, plan.guidance, generators, settings.amplify, settings.anchor)
         history = from_nothing(len(some), codec.channels, config.data.size)
         sections = list(grown(denoise, [embeddings] * SECTIONS, history))
         latents += torch.stack(sections, dim=1).unbind(0)

@@ -44,6 +44,14 @@ def test_every_window_of_every_clip(dataset: Dataset) -> None:
         assert_is_window(piece, dataset[1][sample], section)
 
 
+def test_windows_without_an_anchor(dataset: Dataset) -> None:
+    """What follows section 0 has an anchor, or none at all and says so; all else is the same."""
+    store = ClipStore(dataset[0])
+    one, other = (WindowDataset(store, 5, 0, anchors=anchors).piece(Ref(0, 0, 0, 5), 2) for anchors in (True, False))
+    assert one.anchored and one.anchor.any() and not other.anchored and not other.anchor.any()
+    assert torch.equal(one.frames, other.frames) and torch.equal(one.target, other.target)
+
+
 @pytest.fixture
 def long_clip(tmp_path: Path) -> Dataset:
     """One clip of six sections: its last windows no longer reach back to its first frame."""

@@ -124,6 +124,19 @@ def test_sections_follow_their_history(tiny_transformer, text: Tensor) -> None:
     assert not long[:, :, :10].any()
 
 
+def test_a_model_without_an_anchor_is_shown_none(tiny_transformer, text: Tensor) -> None:
+    built = build_pipeline(tiny_transformer(), dct_codec(), SamplerSettings())
+    first = torch.randn(2, 16, 9, 8, 12, generator=torch_generator(0, "first"))
+    history = from_nothing(2, 16, SIZE).followed_by(first)
+    made = {
+        (anchor, kept): Sections(built, (1,), 1.0, torch_generator(0, "noise"), anchor=anchor)(1, text, shown)
+        for anchor in (True, False)
+        for kept, shown in ((True, history), (False, history.keep(history.counts, (False, False))))
+    }
+    assert torch.equal(made[False, True], made[False, False]) and torch.equal(made[True, False], made[False, False])
+    assert not torch.equal(made[True, True], made[False, True])
+
+
 def test_levels_are_shifted_floats(pipeline: HeliosPipeline, text: Tensor) -> None:
     """t = 1000 f / (f + 1/s - 1), f = e^mu, s = linspace(.999, 0) without its end; mu by tokens, as diffusers' line has it."""
     times: list[Tensor] = []

@@ -53,7 +53,9 @@ def compose_plain(overrides: Sequence[str] = ()) -> DictConfig:
 
 def saved(config: Mapping[str, Any]) -> dict[str, Any]:
     """The saved config of a run, with keys that came later as runs of its time had them."""
-    return {**config, "memory": {**ADDED_MEMORY, **config.get("memory", {})}}
+    stage = config.get("stage", {})
+    added = {"anchor": True} if stage.get("name") == "base" else {}
+    return {**config, "stage": {**added, **stage}, "memory": {**ADDED_MEMORY, **config.get("memory", {})}}
 
 
 def typed(config: DictConfig | Mapping[str, Any], sweep: bool = False) -> Config:

@@ -212,6 +212,7 @@ class BaseStage(HistoryStage):
     """Keys of stage=base."""
 
     name: Literal["base"]
+    anchor: bool
     flow: Flow
 
 

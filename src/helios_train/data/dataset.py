@@ -16,9 +16,12 @@ from helios_train.history import windows
 class WindowDataset(Dataset[Piece]):
     """Sample -> one window of it. Map-style: everything random is drawn from (seed, purpose, epoch, sample id)."""
 
-    def __init__(self, store: ClipStore, rows: int, seed: int, caption_drop: float = 0.0):
-        """`rows`: text rows a sample may have; `caption_drop`: share of samples that train with the null text."""
-        self.store, self.rows, self.seed, self.caption_drop = store, rows, seed, caption_drop
+    def __init__(self, store: ClipStore, rows: int, seed: int, caption_drop: float = 0.0, anchors: bool = True):
+        """`rows`: text rows a sample may have; `caption_drop`: share of samples that train with the null text.
+
+        `anchors`: whether the windows have their clip's anchor; else it is zero.
+        """
+        self.store, self.rows, self.seed, self.caption_drop, self.anchors = store, rows, seed, caption_drop, anchors
 
     def __getitem__(self, ref: Ref) -> Piece:
         return self._drawn(ref, "section")
@@ -35,7 +38,9 @@ class WindowDataset(Dataset[Piece]):
         latents = self.store.view(ref.sample, where.first, section + 1)
         first = latents if where.first == 0 else self.store.view(ref.sample, 0, 1)
         target, frames, anchor = windows.cut(latents, first[0, :, 0], where)
-        return Piece(target, frames, anchor, self.text(ref.sample, dropped), ref, section, where.count, where.anchored)
+        anchored = where.anchored and self.anchors
+        anchor = anchor if anchored else torch.zeros_like(anchor)
+        return Piece(target, frames, anchor, self.text(ref.sample, dropped), ref, section, where.count, anchored)
 
     def text(self, sample: int, dropped: bool = False) -> torch.Tensor:
         """The text rows `[L, dim]` bf16 of a clip, L at most `rows`; none if `dropped`."""

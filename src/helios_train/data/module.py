@@ -23,7 +23,7 @@ from helios_train.errors import InputError
 @dataclass(frozen=True)
 class LoadSettings:
     """How windows are loaded: samples an iteration, samples a forward, worker processes, clips never trained on; `pairs`: two
-    windows a sample."""
+    windows a sample; `anchors`: they have their clip's anchor."""
 
     global_batch: int
     micro_batch: int
@@ -33,6 +33,7 @@ class LoadSettings:
     caption_drop: float = 0.0
     seed: int = 0
     pairs: bool = False
+    anchors: bool = True
 
 
 class WindowModule(L.LightningDataModule):
@@ -45,7 +46,7 @@ class WindowModule(L.LightningDataModule):
         self.store = ClipStore(root)
         self.held_out = _held_out(self.store, settings.held_out)
         kind = PairDataset if settings.pairs else WindowDataset
-        self.dataset = kind(self.store, settings.text_rows, settings.seed, settings.caption_drop)
+        self.dataset = kind(self.store, settings.text_rows, settings.seed, settings.caption_drop, settings.anchors)
         self.trajectories = PairStore(trajectories, settings.text_rows) if trajectories else None
         shards = [self.trajectories.by_shard()] if self.trajectories else _shapes(self.store, set(self.held_out))
         self.order = Order(settings.seed, settings.global_batch, shards)

@@ -34,7 +34,7 @@ class SamplerSettings:
     gamma, shift: of the pyramid the model was trained on, see `diffusion.pyramid`; a Base model has one level. zero_star:
     guidance as CFG-Zero* (Fan et al., 2025) does it, with no move in the first two steps of the first level (pyramids alone).
     few_steps: of a distilled student, the steps of each level it was trained for; it is sampled without solver and guidance.
-    amplify: it takes twice as many where nothing precedes a section.
+    amplify: it takes twice as many where nothing precedes a section. anchor: whether the model was trained with one.
     """
 
     dynamic_shift: Literal["none", "exponential", "linear"] = "exponential"
@@ -46,6 +46,7 @@ class SamplerSettings:
     zero_star: bool = True
     few_steps: tuple[int, ...] | None = None
     amplify: bool = True
+    anchor: bool = True
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> SamplerSettings:
@@ -161,8 +162,9 @@ class Sections:
     """Sections by a pipeline: in `steps` steps of each level, one at full resolution or several, coarse to fine.
 
     Null text is all zeros, as in training; with `guidance` <= 1 it is not run, nor for a distilled student, whatever is asked.
-    `amplify`: a student takes twice the steps where nothing precedes a section. Noise comes from `generator`; one a video makes
-    a video's noise independent of what else is in the batch. The transformer samples in eval mode and gets its mode back.
+    `amplify`: a student takes twice the steps where nothing precedes a section. `anchor`: without, the history's is not shown.
+    Noise comes from `generator`; one a video makes a video's noise independent of what else is in the batch. The transformer
+    samples in eval mode and gets its mode back.
     """
 
     pipeline: Pipeline
@@ -170,12 +172,15 @@ class Sections:
     guidance: float
     generator: torch.Generator | list[torch.Generator]
     amplify: bool = False
+    anchor: bool = True
 
     def __call__(self, section: int, text: Tensor, history: History) -> Tensor:
         """One section. InputError for sides that do not divide (16 pixels a level 0, twice that a level more) or other text."""
         device = self.pipeline.transformer.device
         text, history = text.to(device), history.to(device)
         self._check(text, history)
+        if not self.anchor:
+            history = history.keep(history.counts, (False,) * len(history.anchored))
         with _sampling(self.pipeline.transformer), _no_pixels(self.pipeline):
             # History and anchor go in as an encoded video and image, as they are; absent ones are zeros, as in the pipeline.
             latents: Tensor = self.pipeline(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from helios_train.conf.rules import ONE_BASE
+from helios_train.conf.schema import BaseStage as BaseStageKeys
 from helios_train.conf.schema import Config, ToyData, Umt5Text, WanCodec
 from helios_train.conf.schema import DistillStage as DistillStageKeys
 from helios_train.conf.schema import MidStage as MidStageKeys
@@ -140,6 +141,7 @@ def _load_settings(config: Config) -> LoadSettings:
         caption_drop=drop if drop is not None else CAPTION_DROP * (config.init is None),
         seed=config.seed,
         pairs=isinstance(config.stage, DistillStageKeys),
+        anchors=not isinstance(config.stage, BaseStageKeys) or config.stage.anchor,
     )
 
 

@@ -219,4 +219,4 @@ def sampler(config: Config) -> SamplerSettings:
         linear = keys.dynamic_shift if keys.dynamic_shift != "none" else "linear"
         return SamplerSettings(linear, solver, len(keys.ratios), keys.edges, keys.gamma, keys.shift)
     dynamic = config.stage.flow.dynamic_shift
-    return SamplerSettings(dynamic if dynamic != "none" else "exponential", solver)
+    return SamplerSettings(dynamic if dynamic != "none" else "exponential", solver, anchor=config.stage.anchor)

@@ -234,7 +234,7 @@ class VideoSampler:
         nothing = from_nothing(1, self.codec.channels, self.size)
         history = self.start.history(self.codec, generator) if self.start else nothing
         pipeline = build_pipeline(transformer, self.codec, self.settings)
-        denoise = Sections(pipeline, steps, guidance, generator, self.settings.amplify)
+        denoise = Sections(pipeline, steps, guidance, generator, self.settings.amplify, self.settings.anchor)
         return grown(denoise, script.texts(embeddings, count), history, guard)
 
 
