@@ -26,6 +26,17 @@ class Arm:
 
 BASE = "experiment=toy_base data.size=[64,128] trainer.max_steps=1200"
 PAIRS = "pairs.count=96 pairs.sections=4 pairs.steps=10 pairs.guidance=2 pairs.batch=8"
+
+
+def _given(t2v: float, i2v: float, v2v: float, full: float) -> str:
+    return f"stage.mix={{t2v:{t2v},i2v:{i2v},v2v:{v2v},full:{full}}}"
+
+
+def _corrupt(noise: float, blur: float, clean: float, on_top: float) -> str:
+    return f"stage.corrupt={{noise:{noise},blur:{blur},clean:{clean},saturation_on_top:{on_top}}}"
+
+
+CLEAN = _corrupt(0.0, 0.0, 1.0, 0.0)  # Frame-Aware Corrupt off
 ARMS = {
     "base": Arm(BASE),
     "mid": Arm("experiment=toy_mid trainer.max_steps=600", "base"),
@@ -33,6 +44,11 @@ ARMS = {
         "experiment=toy_ode", "mid", pairs="pairs.count=96 pairs.sections=4 pairs.steps=10 pairs.guidance=2 pairs.batch=8"
     ),
     "alone": Arm("experiment=toy_distill stage.gan.enabled=false", "ode", "base"),
+    "no_anchor": Arm(f"{BASE} stage.anchor=false"),
+    "no_corrupt": Arm(f"{BASE} {CLEAN}"),
+    "neither": Arm(f"{BASE} stage.anchor=false {CLEAN}"),
+    "released": Arm(f"{BASE} recipe=released {_given(0.4, 0.0, 0.24, 0.36)} {_corrupt(0.9, 0.0, 0.1, 0.0)}"),
+    "corrected": Arm(f"{BASE} recipe=corrected {_given(0.4, 0.1, 0.2, 0.3)} {_corrupt(0.8, 0.1, 0.1, 0.9)}"),
     "student": Arm("experiment=toy_distill", "ode", "base"),
 }
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +23,10 @@ from helios_train.conf.schema import Config
 from helios_train.evaluation.energy import energy_distance
 from helios_train.evaluation.toy import ToyTrack, join_tracks, track
 from helios_train.evaluation.toy_verdict import judge
-from helios_train.models.codecs import Codec
 from helios_train.models.text import pad
 from helios_train.run import write
 from helios_train.sampling.pipeline import Sections, build_pipeline, grown, pixels
-from helios_train.sampling.start import from_nothing
+from helios_train.sampling.start import from_image, from_nothing
 from helios_train.tasks import build, weights
 
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
@@ -85,15 +85,20 @@ class Results:
 
 
 @torch.no_grad()
-def sample(config: Config, folder: Path, captions: list[str], plan: Plan) -> dict[str, Any]:
-    """Videos of the model in `folder`: latents a video, tracks, and seconds a section of one video."""
+def sample(
+    config: Config, folder: Path, captions: list[str], plan: Plan, sections: int = SECTIONS, images: Tensor | None = None
+) -> dict[str, Any]:
+    """Videos of the model in `folder`: latents a video, tracks, those of each section, and seconds a section of one video.
+
+    images: [videos, 3, H, W] in [-1, 1], what each begins from.
+    """
     begun = weights.start(config)
     build.computes(config, begun.transformer, trains=False)
     codec, text = build.codec(config), build.text(config)
     settings = begun.sampler
     assert settings is not None, f"{folder} was not merged by helios_train"
     latents: list[Tensor] = []
-    tracks: list[ToyTrack] = []
+    tracks: list[list[ToyTrack]] = []
     begin = time.perf_counter()
     for first in range(0, len(captions), BATCH):
         some = captions[first : first + BATCH]
@@ -103,16 +108,15 @@ def sample(config: Config, folder: Path, captions: list[str], plan: Plan) -> dic
         pipeline, steps = build_pipeline(begun.transformer, codec, settings), settings.steps(plan.steps)
         denoise = Sections(pipeline, steps, plan.guidance, generators, settings.amplify, settings.anchor)
         history = from_nothing(len(some), codec.channels, config.data.size)
-        sections = list(grown(denoise, [embeddings] * SECTIONS, history))
-        latents += torch.stack(sections, dim=1).unbind(0)
-        tracks += _tracks(codec, sections)
-    seconds = (time.perf_counter() - begin) / (len(captions) * SECTIONS)
-    return {"latents": latents, "tracks": tracks, "seconds": seconds, "settings": asdict(settings)}
-
-
-def _tracks(codec: Codec, sections: list[Tensor]) -> list[ToyTrack]:
-    seen = [[track(frames) for frames in pixels(codec, latents)] for latents in sections]
-    return [join_tracks(list(parts)) for parts in zip(*seen, strict=True)]
+        if images is not None:
+            history = from_image(codec, images[list(numbers)], rng.torch_generator(config.seed, "image", first))
+        made = list(grown(denoise, [embeddings] * sections, history))
+        latents += torch.stack(made, dim=1).unbind(0)
+        seen = [[track(frames) for frames in pixels(codec, part)] for part in made]
+        tracks += [list(parts) for parts in zip(*seen, strict=True)]
+    seconds = (time.perf_counter() - begin) / (len(captions) * sections)
+    whole = [join_tracks(parts) for parts in tracks]
+    return {"latents": latents, "tracks": whole, "by_section": tracks, "seconds": seconds, "settings": asdict(settings)}
 
 
 def figures(real: Real, latents: list[Tensor], tracks: list[ToyTrack], speed: tuple[float, float]) -> dict[str, Any]:
@@ -132,6 +136,16 @@ def figures(real: Real, latents: list[Tensor], tracks: list[ToyTrack], speed: tu
         "energy": distance.value,
         "energy_interval": [distance.low, distance.high],
     }
+
+
+def interval(values: list[float], draws: int = 2000) -> dict[str, Any]:
+    """The mean over videos, those that are not finite left out, and its 95 % interval by resampling them."""
+    kept = np.array([value for value in values if math.isfinite(value)])
+    if not len(kept):
+        return {"mean": None, "interval": None, "videos": 0}
+    picked = rng.generator(0, "bootstrap").integers(len(kept), size=(draws, len(kept)))
+    low, high = np.percentile(kept[picked].mean(axis=1), [2.5, 97.5])
+    return {"mean": float(kept.mean()), "interval": [float(low), float(high)], "videos": len(kept)}
 
 
 def _finite(values: list[Any]) -> list[float]:
