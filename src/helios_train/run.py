@@ -1,7 +1,8 @@
 """A run folder: where things lie in it, who may write, which of several to go on with.
 
-It holds config.yaml, run_card.txt, metrics.csv, lock, checkpoints/<iteration>.ckpt and videos/<iteration>_<caption>.mp4; with
-those loggers wandb.json and wandb/, or tensorboard/.
+It holds config.yaml, run_card.txt, environment.json, metrics.csv, report.html, lock, checkpoints/<iteration>.ckpt and
+videos/<iteration>_<caption>.mp4; plan.json where the run was planned, alarms.jsonl where its health is watched; with those
+loggers wandb.json and wandb/, or tensorboard/.
 """
 
 from __future__ import annotations
@@ -103,6 +104,26 @@ class RunFolder:
     def config(self) -> Path:
         """YAML file of the composed config."""
         return self.path / "config.yaml"
+
+    @property
+    def alarms(self) -> Path:
+        """File of what the watch over the run's health found wrong, a JSON object a line."""
+        return self.path / "alarms.jsonl"
+
+    @property
+    def environment(self) -> Path:
+        """JSON file of the machine and the versions the run was started with, and gone on with."""
+        return self.path / "environment.json"
+
+    @property
+    def plan(self) -> Path:
+        """JSON file of the memory an iteration was planned to take."""
+        return self.path / "plan.json"
+
+    @property
+    def report(self) -> Path:
+        """Page about the run, to be opened in a browser."""
+        return self.path / "report.html"
 
     @property
     def lock_file(self) -> Path:

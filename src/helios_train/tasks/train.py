@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import warnings
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 
+from helios_train.callbacks import report
 from helios_train.callbacks.checkpoint import RunCheckpoint
 from helios_train.callbacks.ema import EmaCallback
 from helios_train.callbacks.preempt import Preempt
@@ -31,7 +33,7 @@ from helios_train.models.ema import Ema
 from helios_train.run import RunFolder, default_folder, find_resumable, iteration_of, write
 from helios_train.stages.replicas import OneDevice, ReplicaStrategy
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, handoff, plan, prepare, recipes, run_card, sameness, watching
+from helios_train.tasks import build, environment, handoff, plan, prepare, recipes, run_card, sameness, watching
 
 PATIENCE = timedelta(hours=6)  # for which devices wait for the first one to sample a video
 RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
@@ -56,6 +58,8 @@ def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: P
     if main and where.type == "cuda":
         needs = plan.must_fit(config, torch.cuda.get_device_properties(where).total_memory / 2**30)
         print(needs.text() if needs else "", end="", flush=True)
+        if needs:
+            write(folder.plan, json.dumps(needs.record(), indent=1) + "\n")
     stage = build.stage(config)
     ema = build.ema(config, stage)
     done = iteration_of(checkpoint) if checkpoint else 0
@@ -65,7 +69,13 @@ def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: P
     loop = trainer(config, folder, watchers(config, folder, stage, data, ema, done), logs)
     if main and not folder.config.is_file():  # now that all is well: the same command, put right, may use the folder
         folder.save_config(raw)
-    loop.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if main:
+        environment.note(folder, done)
+    try:
+        loop.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    finally:  # also of a run that a signal or an error ends
+        if main:
+            report.write(folder.path)
 
 
 def _local_rank() -> int:
@@ -156,6 +166,7 @@ def watchers(config: Config, folder: RunFolder, stage: Stage, data: WindowModule
         callbacks.append(HeldOut(objective, watch.sigmas, watch.quantiles, watch.clips, watch.every, config.seed, ema))
     if config.watch.sample:
         callbacks += watching.videos(config, folder, stage, data, ema, main=_local_rank() == 0)
+        callbacks.append(report.RunReport(folder.path, config.watch.sample_every))
     callbacks += [SaveLoggers(), Preempt(checkpoint), checkpoint]
     if config.trainer.progress:
         callbacks.append(RichProgressBar())
