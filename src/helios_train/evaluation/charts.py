@@ -181,12 +181,9 @@ def _x_axis(lines: Sequence[Line], steps: bool) -> Axis:
 
 
 def _y_axis(lines: Sequence[Line], chart: Chart) -> Axis:
-    """The values with some air; of noisy lines their smoothed form, so that single rows do not flatten all others."""
-    calm = [_smoothed(line.y) if line.noisy and len(line.y) >= NOISY else line.y for line in lines]
-    values = np.concatenate([*calm, *([np.array([chart.limit])] if chart.limit is not None else [])])
-    noisy = [line.y for line in lines if line.noisy and len(line.y) >= NOISY]
-    if noisy:
-        values = np.concatenate([values, *(np.quantile(one, [0.01, 0.99]) for one in noisy)])
+    """The values with some air."""
+    spans = [_span(line.y) if line.noisy and len(line.y) >= NOISY else line.y for line in lines]
+    values = np.concatenate([*spans, *([np.array([chart.limit])] if chart.limit is not None else [])])
     low, high = float(values.min()), float(values.max())
     if high - low < 1e-9 * abs(high):  # what is left is rounding
         high = low
@@ -198,6 +195,13 @@ def _y_axis(lines: Sequence[Line], chart: Chart) -> Axis:
         low = min(0.0, low)
     air = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return Axis(low if low == 0 else low - air, high + air, BOTTOM, TOP)
+
+
+def _span(y: Numbers) -> Numbers:
+    """Smallest and largest value of noise, but for a few spikes far outside, which would flatten all the rest."""
+    low, high = np.quantile(y, [0.01, 0.99])
+    reach = 3 * (high - low)
+    return np.array([low if y.min() < low - reach else y.min(), high if y.max() > high + reach else y.max()])
 
 
 def _line(line: Line, colour: str, x_axis: Axis, y_axis: Axis, steps: bool) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _sheet(video: Video, made: Album) -> str:
             page = opened.convert("RGB")
         page.thumbnail(SHEET)
         packed = io.BytesIO()
-        page.save(packed, "WEBP", quality=QUALITY)
+        page.save(packed, "WEBP", quality=QUALITY, method=1)  # the quickest that is smaller than JPEG
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         made.notes.append(f"videos/{video.sheet.name} cannot be read ({_reason(error)})")
         return ""
