@@ -192,10 +192,8 @@ def test_text_of_others_is_text(folder: Path) -> None:
 def test_what_is_missing_or_damaged_is_said_and_the_rest_is_shown(
     bare: Path, name: str, content: bytes | None, said: str
 ) -> None:
-    if (bare / name).is_dir():
-        shutil.rmtree(bare / name)
-    elif content is None:
-        (bare / name).unlink()
+    if content is None:
+        (bare / name).unlink(missing_ok=name == "videos")
     else:
         (bare / name).write_bytes(content)
     page = Page(report.write(bare))
@@ -251,8 +249,8 @@ def test_large_videos_are_shown_smaller_or_as_sheets_within_the_bound(folder: Pa
     for iteration in (100, 200, 300):
         run_folders.add_video(folder, iteration, side=64, noise=60)
     sizes = [path.stat().st_size for path in (folder / "videos").glob("*.mp4")]
-    limit = 550_000
-    assert sum(sizes) > 2 * limit
+    limit = 600_000
+    assert sum(sizes) * 4 / 3 > 2 * limit  # as text
     monkeypatch.setattr(report, "LIMIT", limit)
     monkeypatch.setattr(page_videos, "SMALLER", 1)
     path = report.write(folder)

@@ -28,7 +28,7 @@ setTimeout(async () => {
   const hidden = document.querySelectorAll("g.line[hidden]").length;
   const videos = [...document.querySelectorAll("video")];
   for (let i = 0; i < 100 && videos.some((one) => one.readyState < 1); i++) await new Promise((done) => setTimeout(done, 50));
-  const drawn = figures.filter((one) => one.offsetParent && one.querySelector("g.line path").getBBox().width > 0).length;
+  const drawn = figures.filter((one) => one.offsetParent && one.querySelector("g.line").getBBox().width > 0).length;
   const shown = figures.filter((one) => one.offsetParent).length;
   const widths = videos.map((one) => one.videoWidth), errors = videos.filter((one) => one.error).length;
   const wide = document.documentElement.scrollWidth - innerWidth;

@@ -9,10 +9,12 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from helios_train.callbacks import report as callback
 from helios_train.callbacks.preempt import Preempt
 from helios_train.errors import Preempted
 from helios_train.evaluation import report
@@ -126,10 +128,6 @@ def test_the_commit_is_that_of_tracked_code(tmp_path: Path) -> None:
 
 
 def test_only_the_first_device_writes_and_only_where_a_video_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    from helios_train.callbacks import report as callback
-
     written: list[int] = []
     monkeypatch.setattr(callback, "write", lambda folder: written.append(step))
     for first in (True, False):

@@ -18,7 +18,7 @@ from helios_train.evaluation.recorded import Video
 MOST = 24  # videos on a page
 NEWEST = 3  # shares of the room that a video of the newest iteration may take to be shown as it is
 SMALLER = 8  # videos that are encoded again for one page: each takes a second or more
-SIDE = 416  # pixels, the longest side of those
+SIDES = 416, 208  # pixels, the longest side of those: the second where the first takes too much
 FRAMES = 3000  # of a video that is encoded again, at most
 SLOWEST = 40_000  # bits a second, below which nothing can be seen
 SHEET = 1200, 3000  # pixels, largest width and height of a contact sheet
@@ -136,23 +136,24 @@ def _smaller(video: Video, room: int, made: Album) -> str:
     """The video with fewer pixels and bits, within `room` characters; "" where that cannot be."""
     assert video.mp4 is not None
     try:
-        packed = _encoded_again(video.mp4, room * 3 // 4 - 60)
+        tries = (_encoded_again(video.mp4, room * 3 // 4 - 60, side) for side in SIDES)
+        packed = next(filter(None, tries), b"")
     except (av.FFmpegError, OSError, StopIteration, ValueError, IndexError, ZeroDivisionError) as error:
         made.notes.append(f"videos/{video.mp4.name} cannot be played ({_reason(error)})")
         return ""
     return _uri("video/mp4", packed) if packed else ""
 
 
-def _encoded_again(path: Path, size: int) -> bytes:
-    """At most `size` bytes of mp4; none where it would take more."""
+def _encoded_again(path: Path, size: int, side: int) -> bytes:
+    """At most `size` bytes of mp4 with no side above `side`; none where it would take more."""
     packed = io.BytesIO()
     with av.open(str(path)) as source, av.open(packed, "w", format="mp4") as target:
         stream = source.streams.video[0]
         rate = stream.average_rate or Fraction(25)
         if not 0 < stream.frames <= FRAMES or (bits := int(size * 8 * 0.8 * rate / stream.frames)) < SLOWEST:
             return b""
-        shrink = min(1.0, SIDE / max(stream.width, stream.height))
-        width, height = (max(2, round(side * shrink / 2) * 2) for side in (stream.width, stream.height))
+        shrink = min(1.0, side / max(stream.width, stream.height))
+        width, height = (max(2, round(length * shrink / 2) * 2) for length in (stream.width, stream.height))
         limits = {"maxrate": str(bits), "bufsize": str(bits), "threads": "1", "preset": "veryfast", "crf": "23"}
         out = target.add_stream("libx264", rate=rate, options=limits)
         out.width, out.height, out.pix_fmt = width, height, "yuv420p"
