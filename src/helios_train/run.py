@@ -86,6 +86,11 @@ class RunFolder:
         return self.path / "metrics.csv"
 
     @property
+    def alarms(self) -> Path:
+        """JSON lines file of the alarms, a row where one begins and where it ends."""
+        return self.path / "alarms.jsonl"
+
+    @property
     def wandb(self) -> Path:
         """JSON file of what a resumed W&B run needs; W&B's own files are in the folder wandb beside it."""
         return self.path / "wandb.json"
@@ -216,6 +221,17 @@ def write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
         unfinished.replace(path)
+
+
+def append(path: Path, line: str) -> None:
+    """Add one line to a file of a run, in one write: others see it whole or not at all; InputError where that cannot be done."""
+    with writing(path):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, f"{line}\n".encode())
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextmanager

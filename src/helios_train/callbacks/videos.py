@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -19,11 +20,12 @@ NAME = "video"  # of the videos in W&B and TensorBoard
 
 
 class Clip(NamedTuple):
-    """A sampled video: the mp4, its contact sheet (PNG), and what it was asked to show."""
+    """A sampled video: the mp4, its contact sheet (PNG), what it was asked to show, and what was measured of it, by name."""
 
     mp4: Path
     sheet: Path
     caption: str
+    figures: Mapping[str, float] = MappingProxyType({})
 
 
 class Videos(L.Callback):
@@ -36,18 +38,25 @@ class Videos(L.Callback):
     def __init__(self, sample: Callable[[int], Clip] | None, every: int, ema: Ema | None, name: str = NAME):
         """`name`: of the videos in W&B and TensorBoard."""
         self.sample, self.every, self.ema, self.name = sample, every, ema, name
+        self.figures: dict[str, float] = {}  # of the newest video
+
+    def due(self, trainer: L.Trainer) -> bool:
+        """Whether the iteration just done is one to sample after."""
+        iteration = trainer.global_step
+        return iteration == trainer.max_steps or bool(self.every and iteration % self.every == 0)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Where it is due."""
         assert isinstance(pl_module, Stage)
-        iteration = trainer.global_step
-        if iteration != trainer.max_steps and not (self.every and iteration % self.every == 0):
+        if not self.due(trainer):
             return
+        iteration = trainer.global_step
         if self.sample:
             with self.ema.swapped_in(pl_module.masters.weights) if self.ema else nullcontext():
                 clip = self.sample(iteration)
+            self.figures = dict(clip.figures)
             for logger in trainer.loggers:
                 show(logger, clip, iteration, self.name)
         trainer.strategy.barrier(self.name)

@@ -24,10 +24,13 @@ from helios_train.conf import rules
 from helios_train.conf.schema import GROUPS, TASKS, Config
 from helios_train.conf.values import fill
 from helios_train.errors import ConfigError
+from helios_train.evaluation.alarms import RULES
 
 MODULE, NAME, VERSION = "helios_train.conf", "config", "1.3"  # the tree, its root, the Hydra it is written for
 CHOSEN = {group: classes for group, classes in GROUPS.items() if "" not in classes}  # groups whose option chooses the class
-ADDED_MEMORY = {"lineage": "bf16", "stream": False, "park": "nothing"}  # keys that are newer than some runs, as those had them
+# Keys that are newer than some runs, as those had them.
+ADDED_MEMORY = {"lineage": "bf16", "stream": False, "park": "nothing"}
+ADDED_WATCH = {"alarms": {"enabled": False, "start": 0} | dict.fromkeys(RULES)}
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,9 @@ def compose_plain(overrides: Sequence[str] = ()) -> DictConfig:
 
 def saved(config: Mapping[str, Any]) -> dict[str, Any]:
     """The saved config of a run, with keys that came later as runs of its time had them."""
-    stage = config.get("stage", {})
-    added = {"anchor": True} if stage.get("name") == "base" else {}
-    return {**config, "stage": {**added, **stage}, "memory": {**ADDED_MEMORY, **config.get("memory", {})}}
+    stage = {"anchor": True} if config.get("stage", {}).get("name") == "base" else {}
+    added = {"stage": stage, "memory": ADDED_MEMORY, "watch": ADDED_WATCH}
+    return {**config, **{group: {**keys, **config.get(group, {})} for group, keys in added.items()}}
 
 
 def typed(config: DictConfig | Mapping[str, Any], sweep: bool = False) -> Config:

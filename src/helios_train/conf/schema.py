@@ -8,17 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from helios_train.conf.values import Range
+from helios_train.conf.values import Above0, AtLeast0, Count, Decay, Frames, Pixels, Positive, Range, Share, Sigma
+from helios_train.conf.watched import Watch
 
-Count = Annotated[int, Range(at_least=0)]
-Positive = Annotated[int, Range(at_least=1)]
-Share = Annotated[float, Range(at_least=0, at_most=1)]
-Above0 = Annotated[float, Range(above=0)]
-AtLeast0 = Annotated[float, Range(at_least=0)]
-Decay = Annotated[float, Range(at_least=0, below=1)]
-Sigma = Annotated[float, Range(above=0, at_most=1)]
-Pixels = Annotated[int, Range(at_least=16, multiple=16)]
-Frames = Annotated[int, Range(at_least=33)]
 Draw = Literal["sample", "micro_batch"]
 Weights = Literal["auto", "ema", "last"]
 
@@ -515,22 +507,6 @@ class WandbLogger:
     group: str | None
     tags: tuple[str, ...]
     mode: Literal["auto", "online", "offline"]
-
-
-@dataclass(frozen=True)
-class Watch:
-    """What is looked at while training."""
-
-    name: Literal["default"]
-    every: Count
-    clips: Positive
-    sigmas: tuple[Sigma, ...]
-    quantiles: Count
-    sample: bool
-    sample_every: Count
-    sample_steps: Positive | tuple[Positive, ...] | None
-    sample_guidance: AtLeast0
-    sample_sections: Positive
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from helios_train.run import compare_configs
 
 # What a resumed run may change; anything else is refused by name.
 LOOP = tuple(f"trainer.{name}" for name in ("devices", "accelerator", "max_steps", "progress"))
-CHANGEABLE = (*LOOP, "data.workers", "logger", "run_dir", "resume")
+CHANGEABLE = (*LOOP, "data.workers", "logger", "watch.alarms", "run_dir", "resume")
 # Made from keys that may change, and fixed by the first start all the same: schedules go on as they began.
 FIXED_BY_FIRST_START = ("optimizer.total",)
 SHOWN = 5  # keys a message spells out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from helios_train.conf import compose
 from helios_train.conf.schema import Config, Sample
 from helios_train.data.toy import ToySpec, caption_of, parse_caption, render
 from helios_train.errors import InputError
+from helios_train.evaluation.drift import Drift, DriftMeter
 from helios_train.evaluation.toy import ToyTrack, join_tracks, track
 from helios_train.evaluation.toy_verdict import judge
 from helios_train.models import manifest
@@ -76,15 +77,18 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     if start:
         print("\n".join([f"from {start.path}", *(f"  {note}" for note in start.notes)]), flush=True)
     figures: list[dict[str, Any]] = []
+    drifts: list[Drift] = []
     paths: list[str] = []
     for number, prompt in enumerate(prompts):
         print(f"sampling {number + 1} of {len(prompts)}: {_caption(prompt)}", flush=True)
         plan = wanted.sections, wanted.steps, wanted.guidance
-        saved, judged = sampler.sample(transformer, prompt, number, *plan, Path(wanted.output))
-        figures += [judged] if judged else []
+        saved, seen = sampler.sample(transformer, prompt, number, *plan, Path(wanted.output))
+        figures += [seen.toy] if seen.toy else []
+        drifts.append(seen.drift)
         paths += [str(saved.mp4), str(saved.sheet)]
     if figures:
         print(summary(figures))
+    print(drift_summary(drifts))
     print("\n".join(paths))
 
 
@@ -156,6 +160,14 @@ class Encoded:
         return [self._known[caption] for caption in captions]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What was measured of a sampled video: how it drifts, and the verdict on a toy caption ({} for others)."""
+
+    drift: Drift
+    toy: dict[str, Any]
+
+
 class VideoSampler:
     """Samples prompts with one codec, text encoder and sampler, `size` = (H, W) in pixels.
 
@@ -191,33 +203,37 @@ class VideoSampler:
         steps: int | tuple[int, ...] | None,
         guidance: float,
         folder: Path,
-    ) -> tuple[SavedVideo, dict[str, Any]]:
-        """One video into `folder`, written as its sections come; toy captions are judged, others give no figures."""
+    ) -> tuple[SavedVideo, Seen]:
+        """One video into `folder`, written and measured as its sections come; toy captions are judged."""
         script = _as_script(prompt)
         caption = script.captions[0][1]
         each, guidance = self.settings.steps(steps), 1.0 if self.settings.distilled else guidance
         name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', caption.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
         judging = len(script.captions) == 1 and parse_caption(caption) is not None
         tracks: list[ToyTrack] = []
+        meter = DriftMeter()
         guard = DriftGuard(self.seed) if self.drift else None
         with VideoFiles(folder, name, self.fps, sections) as files:
             made = self._sections(transformer, script, number, (sections, each, guidance), guard)
             for done, latents in enumerate(made, start=1):
                 frames = pixels(self.codec, latents)[0]
                 files.add(frames)
+                meter.add(frames)
+                meter.add_latents(latents[0])
                 if judging:
                     tracks.append(track(frames))
                 if self.told:
                     self.told(done, sections)
-            judged = dict(judge(join_tracks(tracks), caption, self.toy_speed)) if judging else {}
-            facts: dict[str, Any] = {"seed": self.seed, "number": number, "steps": each, "guidance": guidance, "toy": judged}
+            seen = Seen(meter.result(), dict(judge(join_tracks(tracks), caption, self.toy_speed)) if judging else {})
+            facts: dict[str, Any] = {"seed": self.seed, "number": number, "steps": each, "guidance": guidance, "toy": seen.toy}
+            facts["drift"] = seen.drift.facts()
             if len(script.captions) > 1:
                 facts |= {"script": script.captions, "crossfade": script.crossfade}
             if guard:
                 facts["drifted"] = [section for section, off in enumerate(guard.drifted) if any(off)]
             if self.start:
                 facts |= {"start": str(self.start.path), "start_notes": self.start.notes}
-            return files.finish(_caption(prompt), facts), judged
+            return files.finish(_caption(prompt), facts), seen
 
     def _sections(
         self,
@@ -275,3 +291,19 @@ def summary(figures: list[dict[str, Any]]) -> str:
     jump, motion = (sum(f[name] for f in moving) / len(moving) for name in ("border_jump", "motion"))
     ratios = f"ratio {jump / motion:.2f} (worst video {max(f['ratio'] for f in moving):.2f})"
     return f"{line}; border jump {jump:.2f} px, motion {motion:.2f} px a frame, {ratios}"
+
+
+def drift_summary(drifts: Sequence[Drift]) -> str:
+    """Drift over all videos, a line: of each figure the one that is farthest from what is well, in shares of the full range."""
+
+    def _worst(*names: str, least: bool = False) -> str:
+        found = [drift.figures[f"drift/{name}"] for drift in drifts for name in names]
+        there = [value for value in found if math.isfinite(value)]
+        if not there:
+            return "-"
+        return f"{min(there):.4f}" if least else f"{max(there, key=abs):+.4f}"
+
+    slopes = f"saturation {_worst('saturation_slope')}, luma {_worst('luma_slope')}"
+    colour, ratio = _worst("red_green_slope", "yellow_blue_slope"), _worst("border_ratio").lstrip("+")
+    least = f"least motion {_worst('motion_least', least=True)}, least spread {_worst('spread_least', least=True)}"
+    return f"drift a section, worst video: {slopes}, colour {colour}; frames across borders to inside {ratio}; {least}"

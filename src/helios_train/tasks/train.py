@@ -166,6 +166,9 @@ def watchers(config: Config, folder: RunFolder, stage: Stage, data: WindowModule
         callbacks.append(HeldOut(objective, watch.sigmas, watch.quantiles, watch.clips, watch.every, config.seed, ema))
     if config.watch.sample:
         callbacks += watching.videos(config, folder, stage, data, ema, main=_local_rank() == 0)
+    if config.watch.alarms.enabled:
+        callbacks.append(watching.health(config, folder, callbacks, done, main=_local_rank() == 0))
+    if config.watch.sample:
         callbacks.append(report.RunReport(folder.path, config.watch.sample_every))
     callbacks += [SaveLoggers(), Preempt(checkpoint), checkpoint]
     if config.trainer.progress:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from helios_train.callbacks.health import AlarmLog, Health
 from helios_train.callbacks.metrics_csv import MetricsCsv
 from helios_train.callbacks.videos import NAME, Clip, Videos
 from helios_train.conf.schema import Config, WanCodec
@@ -19,6 +21,7 @@ from helios_train.conf.schema import WandbLogger as WandbKeys
 from helios_train.data.index import ClipStore
 from helios_train.data.module import WindowModule
 from helios_train.errors import InputError
+from helios_train.evaluation.alarms import RULES
 from helios_train.models.ema import Ema
 from helios_train.models.roles import STUDENT, TEACHER, Roles
 from helios_train.models.transformer import HeliosTransformer
@@ -96,6 +99,15 @@ def videos(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, 
     ]
 
 
+def health(config: Config, folder: RunFolder, callbacks: Sequence[Callback], done: int, main: bool) -> Health:
+    """What looks after the videos among `callbacks`; `done` iterations are in the checkpoint to go on from."""
+    alarms = config.watch.alarms
+    limits = {name: limit for name, limit in asdict(alarms).items() if name in RULES}
+    sampled = [callback for callback in callbacks if isinstance(callback, Videos)]
+    every = config.watch.every or config.checkpoint.every
+    return Health(sampled, limits, alarms.start, every, AlarmLog(folder.alarms, done or None, main))
+
+
 def _in_role(roles: Roles, role: str, sampler: Callable[[int], Clip]) -> Callable[[int], Clip]:
     def _sample(iteration: int) -> Clip:
         roles.present(role)
@@ -133,13 +145,14 @@ def video_sampler(
     def _sample(iteration: int) -> Clip:
         unfinished = folder.videos / "unfinished"
         plan = watch.sample_sections, steps, watch.sample_guidance
-        saved, judged = sampler.sample(transformer, text.caption, NUMBER, *plan, unfinished)
+        saved, seen = sampler.sample(transformer, text.caption, NUMBER, *plan, unfinished)
         mp4, sheet, _ = (_move(Path(part), folder.videos, iteration, name) for part in saved)
         shutil.rmtree(unfinished)  # with what a killed run may have left in it
         print(f"{mp4}\n{sheet}", flush=True)
-        if judged:
-            print(sample.summary([judged]), flush=True)
-        return Clip(mp4, sheet, text.caption)
+        if seen.toy:
+            print(sample.summary([seen.toy]), flush=True)
+        toy = {f"toy/{name}": float(value) for name, value in seen.toy.items() if value is not None}
+        return Clip(mp4, sheet, text.caption, seen.drift.figures | toy)
 
     return _sample
 
