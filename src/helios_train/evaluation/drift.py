@@ -25,7 +25,7 @@ MIN_FRAMES = {"motion": 4}  # in such a window; motion needs frames that follow 
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # of red, green, blue: Rec. ITU-R BT.709
 # Student's t that leaves 2.5 % on either side, by degrees of freedom from 1; with more, the first terms of its series in 1/df.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-NORMAL_95, T_SERIES = 1.95996, (2.3723, 2.8226)
+NORMAL_95, T_SERIES = 1.95996, (2.3723, 2.8226, 2.556)
 STILL = 0.05 / 255  # motion below a twentieth of a grey level is none; what a border jump is measured against is at least that
 
 MEASURES = ("saturation", "luma", "red_green", "yellow_blue", "contrast", "sharpness", "spread", "similarity")
@@ -168,13 +168,13 @@ def slope(x: NDArray[Any], y: NDArray[np.float64]) -> tuple[float, float, float]
     """Least squares slope of y [S] over x [S], and the ends of its 95 % interval; NaN of one point, an interval of two."""
     if len(x) < 2:
         return math.nan, math.nan, math.nan
-    away = x - x.mean()
+    away, off = x - x.mean(), y - y.mean()
     square = float(away @ away)
-    found = float(away @ y) / square
+    found = float(away @ off) / square
     freedom = len(x) - 2
     if not freedom:
         return found, math.nan, math.nan
-    left = y - y.mean() - found * away
+    left = off - found * away
     half = student_t(freedom) * math.sqrt(float(left @ left) / freedom / square)
     return found, found - half, found + half
 
@@ -183,7 +183,7 @@ def student_t(freedom: int) -> float:
     """The t of `freedom` degrees that 95 % lie within, to 0.1 %."""
     if freedom <= len(T_95):
         return T_95[freedom - 1]
-    return NORMAL_95 + T_SERIES[0] / freedom + T_SERIES[1] / freedom**2
+    return NORMAL_95 + sum(term / freedom**power for power, term in enumerate(T_SERIES, start=1))
 
 
 def _look(frame: NDArray[np.uint8]) -> tuple[float, ...]:
