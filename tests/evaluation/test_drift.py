@@ -152,7 +152,7 @@ def test_what_is_kept_does_not_hold_the_frames() -> None:
 
 
 def test_latents() -> None:
-    """Sections whose mean rises by .5 and whose scale by 1: variance (1 + s)^2; channels that move apart are seen in the shift."""
+    """Sections whose mean rises by .5 and whose scale by 1: variance (1 + s)^2; channels that part are seen in the shift."""
     base = torch.tensor([-1.0, 1.0]).repeat(16, 9, 2, 1)  # mean 0, variance 1 in every channel
     seen = measure(plain([(0, 0, 0)] * 99), torch.stack([base * (1 + s) + 0.5 * s for s in range(3)]))
     assert figure(seen, "latent_mean_slope") == pytest.approx(0.5) and figure(seen, "latent_mean_change") == pytest.approx(1)

@@ -61,11 +61,11 @@ def tinted(frames: np.ndarray) -> np.ndarray:
 
 POISONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "saturation": lambda frames: frames.mean(axis=3, keepdims=True) + (number(frames) * 22) * np.array([1.0, 0, 0]),
+    "border": cut,
+    "frozen": frozen,
+    "solid": lambda frames: np.full_like(frames, 120),
     "luma": grown(-18, -18, -18),
     "colour": tinted,
-    "border": cut,
-    "solid": lambda frames: np.full_like(frames, 120),
-    "frozen": frozen,
     "nan": lambda frames: frames * math.nan,
 }
 
@@ -127,7 +127,7 @@ def test_each_poison_raises_its_alarm_and_a_healthy_video_ends_it(
     rows = alarms(run)
     on = {iteration: {name for at, name, state in rows if at == iteration and state == "on"} for iteration in range(1, 10)}
     assert on[1] == set() == on[9]
-    explained = {"colour": {"saturation"}}  # what a tint brings with it
+    explained = {"luma": {"border"}, "colour": {"saturation"}}  # light that goes in steps; a tint
     for iteration, name in enumerate(names, start=2):
         assert name in on[iteration] <= {name, *explained.get(name, set())}, (name, rows)
         assert dict(column(run, f"health/alarm/{name}"))[iteration] == 1

@@ -104,6 +104,6 @@ def judge(figures: Mapping[str, float], limits: Mapping[str, float | None]) -> d
 def _seen(rule: Rule, key: str, figures: Mapping[str, float], limit: float) -> str:
     low, high = (figures.get(f"{key}_{end}", math.nan) for end in ("low", "high"))
     interval = f" (95 % interval {low:+.4f} to {high:+.4f})" if math.isfinite(low) else ""
-    bound = f"at least {limit:g}" if rule.least else f"at most {limit:g}"
+    bound = f"must be at least {limit:g}" if rule.least else f"may be at most {limit:g}"
     either = " either way" if key.endswith("_slope") else ""
-    return f"{rule.seen.format(value=figures[key])}{interval}; it may be {bound}{either}"
+    return f"{rule.seen.format(value=figures[key])}{interval}; it {bound}{either}"
