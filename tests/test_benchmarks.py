@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from helios_train import rng
+from helios_train.conf.compose import compose
+from helios_train.evaluation.alarms import RULES
 
 SCRIPTS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -85,3 +87,12 @@ def test_the_committed_student_reaches_the_density() -> None:
     assert distance["student_2_steps"] < 2 * min(distance["teacher_20_steps"], distance["teacher_50_steps"])
     # Left at random steps the critic learns all exits' sections as one density: the last step's alone stay off it.
     assert distance["student_2_steps"] < distance["random_exits_2_steps"] < distance["start_2_steps"] / 10
+
+
+def test_the_alarms_limits_are_those_that_healthy_videos_were_held_against() -> None:
+    """The worst healthy video takes at most half of each limit."""
+    result = json.loads((SCRIPTS / "results" / "healthy_drift.json").read_text())
+    alarms = compose().watch.alarms
+    assert result["limits"] == {name: getattr(alarms, name) for name in RULES}
+    assert result["videos_that_raise_an_alarm"] == 0 and max(result["share_of_the_limit"].values()) <= 0.5
+    assert {"base", "mid", "few_steps", "real"} < result["worst"].keys()

@@ -10,6 +10,7 @@ import pytest
 
 from helios_train.conf import compose, schema
 from helios_train.errors import ConfigError
+from helios_train.tasks import sameness
 
 BAD = {
     "+optimizer.lr=1": "keys cannot be added",
@@ -195,3 +196,12 @@ def test_plain_is_resolved_and_without_hydra() -> None:
 
     assert scalars(node)
     assert compose.typed(node) == compose.compose(["trainer.max_steps=9"])
+
+
+def test_a_run_from_before_the_alarms_had_none() -> None:
+    raw = compose.plain(compose.compose_plain([]))
+    old = {**raw, "watch": {name: value for name, value in raw["watch"].items() if name != "alarms"}}
+    typed = compose.typed(compose.saved(old))
+    assert not typed.watch.alarms.enabled and typed.watch.alarms.border is None
+    assert compose.saved(raw) == raw
+    assert sameness.changed(compose.saved(old), raw) == []  # it may go on, watched from now on

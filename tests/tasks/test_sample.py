@@ -18,8 +18,9 @@ from torch import Tensor
 
 from helios_train.conf import compose
 from helios_train.data.toy import ToySpec, render
-from helios_train.data.video import probe, write_mp4
+from helios_train.data.video import probe, read_frames, write_mp4
 from helios_train.errors import ConfigError, InputError
+from helios_train.evaluation.drift import Drift, measure
 from helios_train.models.codecs import dct_codec
 from helios_train.models.loading import random_transformer
 from helios_train.models.text import HashText
@@ -299,6 +300,36 @@ def test_the_summary_counts_what_captions_say() -> None:
         "toy tracker: colour and background right in 2 of 3, shape in 1, direction in 1 and pace in 0 of 1; border jump 1.50 px, "
         "motion 0.50 px a frame, ratio 3.00 (worst video 4.00)"
     )
+
+
+def test_drift_stands_in_the_facts_and_in_a_line(
+    trained: Path, tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = "sample.prompt=[a red circle on a blue background,a dog]"
+    tiny_run(*QUICK, f"init={trained}/merged", prompts, f"sample.output={tmp_path}", "sample.sections=2")
+    toy, dog = facts_in(tmp_path)
+    lines = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert lines.index("drift a section, worst video") == lines.index("toy tracker") + 1
+    for facts in (toy, dog):
+        figures, sections = facts["drift"]["figures"], facts["drift"]["sections"]
+        assert len(sections["saturation"]) == len(sections["latent_variance"]) == 2
+        assert figures["drift/saturation_slope"] == pytest.approx(sections["saturation"][1] - sections["saturation"][0])
+        assert figures["drift/saturation_slope_low"] is None and figures["drift/latent_nonfinite"] == 0
+    seen = measure(read_frames(max(tmp_path.glob("*dog.mp4")), range(66)))  # the file has the same pixels, but for its codec
+    assert seen.figures["drift/motion"] == pytest.approx(dog["drift"]["figures"]["drift/motion"], rel=0.3)
+
+
+def test_the_drift_line_shows_the_worst_of_each() -> None:
+    figures = {f"drift/{name}_slope": 0.01 for name in ("saturation", "luma", "red_green", "yellow_blue")}
+    figures |= {"drift/border_ratio": 2.0, "drift/motion_least": 0.02, "drift/spread_least": 0.3}
+    one = Drift(figures, {})
+    other = Drift({**figures, "drift/saturation_slope": -0.5, "drift/yellow_blue_slope": 0.04, "drift/motion_least": 0.001}, {})
+    short = Drift({**figures, **{name: math.nan for name in figures if "slope" in name}, "drift/border_ratio": math.nan}, {})
+    assert sample.drift_summary([one, other, short]) == (
+        "drift a section, worst video: saturation -0.5000, luma +0.0100, colour +0.0400; "
+        "frames across borders to inside 2.00; least motion 0.0010, least spread 0.3000"
+    )
+    assert "saturation -, luma -, colour -; frames across borders to inside -;" in sample.drift_summary([short])
 
 
 MINUTE = """

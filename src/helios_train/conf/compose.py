@@ -57,7 +57,7 @@ def compose_plain(overrides: Sequence[str] = ()) -> DictConfig:
 def saved(config: Mapping[str, Any]) -> dict[str, Any]:
     """The saved config of a run, with keys that came later as runs of its time had them."""
     stage = {"anchor": True} if config.get("stage", {}).get("name") == "base" else {}
-    added = {"stage": stage, "memory": ADDED_MEMORY, "watch": ADDED_WATCH}
+    added: dict[str, Mapping[str, Any]] = {"stage": stage, "memory": ADDED_MEMORY, "watch": ADDED_WATCH}
     return {**config, **{group: {**keys, **config.get(group, {})} for group, keys in added.items()}}
 
 

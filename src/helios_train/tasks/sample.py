@@ -296,14 +296,18 @@ def summary(figures: list[dict[str, Any]]) -> str:
 def drift_summary(drifts: Sequence[Drift]) -> str:
     """Drift over all videos, a line: of each figure the one that is farthest from what is well, in shares of the full range."""
 
-    def _worst(*names: str, least: bool = False) -> str:
+    def _there(*names: str) -> list[float]:
         found = [drift.figures[f"drift/{name}"] for drift in drifts for name in names]
-        there = [value for value in found if math.isfinite(value)]
-        if not there:
-            return "-"
-        return f"{min(there):.4f}" if least else f"{max(there, key=abs):+.4f}"
+        return [value for value in found if math.isfinite(value)]
 
-    slopes = f"saturation {_worst('saturation_slope')}, luma {_worst('luma_slope')}"
-    colour, ratio = _worst("red_green_slope", "yellow_blue_slope"), _worst("border_ratio").lstrip("+")
-    least = f"least motion {_worst('motion_least', least=True)}, least spread {_worst('spread_least', least=True)}"
+    def _most(*names: str) -> str:
+        return f"{max(_there(*names), key=abs):+.4f}" if _there(*names) else "-"
+
+    def _least(name: str) -> str:
+        return f"{min(_there(name)):.4f}" if _there(name) else "-"
+
+    slopes = f"saturation {_most('saturation_slope')}, luma {_most('luma_slope')}"
+    colour = _most("red_green_slope", "yellow_blue_slope")
+    ratio = f"{max(_there('border_ratio')):.2f}" if _there("border_ratio") else "-"
+    least = f"least motion {_least('motion_least')}, least spread {_least('spread_least')}"
     return f"drift a section, worst video: {slopes}, colour {colour}; frames across borders to inside {ratio}; {least}"
