@@ -111,11 +111,6 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def alarms(self) -> Path:
-        """File of what the watch over the run's health found wrong, a JSON object a line."""
-        return self.path / "alarms.jsonl"
-
-    @property
     def environment(self) -> Path:
         """JSON file of the machine and the versions the run was started with, and gone on with."""
         return self.path / "environment.json"

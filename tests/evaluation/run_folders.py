@@ -120,8 +120,8 @@ def add_video(
                 frames = (frames + draw.integers(0, noise, frames.shape)).clip(0, 255).astype(np.uint8)
             files.add(torch.from_numpy(frames))
         drift = {
-            "series": {"brightness": [0.2 + 0.1 * k for k in range(sections)], "saturation": [0.5, None, 0.7][:sections]},
-            "worst": 0.3,
+            "sections": {"brightness": [0.2 + 0.1 * k for k in range(sections)], "saturation": [0.5, None, 0.7][:sections]},
+            "figures": {"worst": 0.3},
         }
         files.finish(
             caption,
@@ -139,13 +139,18 @@ def make(folder: Path, moments: Sequence[int] = (200, 400), worse: float = 0.0, 
     (folder / "plan.json").write_text(json.dumps(PLAN))
     (folder / "environment.json").write_text(json.dumps(ENVIRONMENT))
     alarm = {
-        "iteration": 250,
-        "name": "drift/student/brightness",
+        "alarm": "luma",
+        "video": "video/student",
+        "state": "on",
+        "figure": "drift/brightness",
         "value": 0.21,
         "limit": 0.12,
-        "message": "sections grow brighter",
+        "seen": "sections grow brighter.",
+        "look_at": "the anchor",
     }
-    (folder / "alarms.jsonl").write_text("".join(json.dumps({**alarm, "iteration": i}) + "\n" for i in (150, 250)))
+    over = {"iteration": 200, "alarm": "luma", "video": "video/student", "state": "off"}
+    raised = [{**alarm, "iteration": 150}, over, {**alarm, "iteration": 250}]
+    (folder / "alarms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in raised))
     write_rows(folder / "metrics.csv", rows(worse=worse))
     for iteration in moments:
         for name in ("student", "ema", "teacher"):

@@ -148,7 +148,7 @@ def test_any_name_of_a_column_finds_a_chart(column: str) -> None:
 
 
 def test_alarms_mark_their_chart_with_the_limit() -> None:
-    alarm = Alarm(1, "drift/hue", 2.0, 1.5, "")
+    alarm = Alarm(1, "colour", 2.0, 1.5, "", "drift/hue")
     run = Record(Path("run"), columns={"drift/hue": series(1.0, 2.0), "drift/other": series(1.0)}, alarms=[alarm])
     marked, other = (chart for chart, _ in curves.charts(run)["Drift"])
     assert (marked.marks, marked.limit) == ([1], 1.5) and (other.marks, other.limit) == ([], None)

@@ -106,7 +106,7 @@ def test_a_page_holds_the_whole_run(folder: Path) -> None:
     page = Page(path)
     assert path == folder / "report.html" and path.stat().st_size < 1_000_000
     assert_closed(page)
-    order = ["drift/student/brightness", "Warnings of the run card", "Videos", "Training loss", "Held-out loss", "Optimizer"]
+    order = ["luma, video/student", "Warnings of the run card", "Videos", "Training loss", "Held-out loss", "Optimizer"]
     order += ["Drift", "Health", "Throughput", "Memory", "Environment", "Run card", "config.yaml"]
     main = page.text[page.text.index("Alarms") :]
     places = [main.index(f"\n{title}" if title == "Drift" else title) for title in order]
@@ -148,11 +148,11 @@ def test_text_of_others_is_text(folder: Path) -> None:
     run_folders.add_video(folder, 5, "student", EVIL)
     facts = next((folder / "videos").glob("*.json"))
     known = json.loads(facts.read_text())
-    facts.write_text(json.dumps({**known, EVIL: EVIL, "fps": EVIL, "steps": [EVIL], "drift": {"series": {EVIL: [1.0, 2.0]}}}))
+    facts.write_text(json.dumps({**known, EVIL: EVIL, "fps": EVIL, "steps": [EVIL], "drift": {"sections": {EVIL: [1.0, 2.0]}}}))
     (folder / "config.yaml").write_text(yaml.safe_dump({**run_folders.CONFIG, "stage": {"name": EVIL}, EVIL: EVIL}))
     (folder / "run_card.txt").write_text(f"{EVIL}\n\nWARNINGS: 1\n  ! {EVIL}\n")
     (folder / "alarms.jsonl").write_text(
-        json.dumps({"iteration": 1, "name": EVIL, "value": 1, "limit": 0, "message": EVIL}) + "\n"
+        json.dumps({"iteration": 1, "alarm": EVIL, "video": EVIL, "state": "on", "value": 1, "limit": 0, "seen": EVIL}) + "\n"
     )
     (folder / "environment.json").write_text(json.dumps([{EVIL: EVIL, "devices": [EVIL], "packages": {EVIL: EVIL}}]))
     (folder / "plan.json").write_text(
@@ -185,7 +185,7 @@ def test_text_of_others_is_text(folder: Path) -> None:
         ("plan.json", b'{"timeline": [["a", "b"], 3, ["x", NaN, 1]], "by_group": [1], "fits": 5, "peak_gib": "much"}', ""),
         ("environment.json", None, "environment.json is not there"),
         ("environment.json", b"[3, null]", ""),
-        ("alarms.jsonl", b'{"iteration": 1, "name": "x"}\nnot json\n[1]\n{"name": 3}\n', "alarms.jsonl: 3 damaged or cut"),
+        ("alarms.jsonl", b'{"iteration": 1, "alarm": "x", "state": "on"}\nnot json\n[1]\n{"alarm": 3}\n', "3 damaged or cut lines"),
         ("videos", None, ""),
     ],
 )  # fmt: skip

@@ -187,7 +187,7 @@ def _chart(names: Sequence[Name], columns: Mapping[str, Series], alarms: Sequenc
         for name in names
     ]
     about = {name.column for name in names}
-    raised = [alarm for alarm in alarms if alarm.name in about]
+    raised = [alarm for alarm in alarms if alarm.column in about]
     limits = {alarm.limit for alarm in raised if alarm.limit is not None}
     return Chart(
         _title(one, len(names), by_role),

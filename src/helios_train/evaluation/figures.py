@@ -109,7 +109,7 @@ def facts(video: Video) -> list[tuple[str, str]]:
     rows = fixed_leaves(video.facts, SETTINGS)
     drift = video.facts.get("drift")
     if isinstance(drift, dict):
-        rows |= fixed_leaves({"drift": {key: value for key, value in drift.items() if key != "series"}}, ())
+        rows |= fixed_leaves({"drift": {key: value for key, value in drift.items() if key != "sections"}}, ())
     return [(name[:200], _value(value)) for name, value in list(rows.items())[:FACTS] if value is not None]
 
 

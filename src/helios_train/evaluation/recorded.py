@@ -30,13 +30,14 @@ ROLES = ("student", "ema", "teacher", "critic")
 
 @dataclass(frozen=True)
 class Alarm:
-    """One line of alarms.jsonl; what it does not say is None."""
+    """The begin of one alarm in alarms.jsonl; what it does not say is None. `column`: of metrics.csv, that it is about."""
 
     iteration: int
     name: str
     value: float | None
     limit: float | None
     message: str
+    column: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Video:
     def drift(self) -> dict[str, list[float]]:
         """Values a section by measure; NaN for what is no number."""
         drift = self.facts.get("drift")
-        series = drift.get("series") if isinstance(drift, dict) else None
-        found = series.items() if isinstance(series, dict) else ()
+        sections = drift.get("sections") if isinstance(drift, dict) else None
+        found = sections.items() if isinstance(sections, dict) else ()
         return {str(name): [number(value) for value in values] for name, values in found if isinstance(values, list) and values}
 
 
@@ -242,15 +243,17 @@ def _value(text: str) -> float:
 
 def _alarms(run: Record, path: Path) -> None:
     """The newest alarms of alarms.jsonl, if the run's health was watched."""
-    run.watched = path.is_file()
-    if not run.watched:
+    run.watched = path.is_file() or any(column.startswith("health/") for column in run.columns)
+    if not path.is_file():
         return
     damaged, alarms = 0, deque[Alarm](maxlen=ALARMS)
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in filter(str.strip, file):
                 try:
-                    alarms.append(_alarm(json.loads(line)))
+                    row = json.loads(line)
+                    if row["state"] == "on":
+                        alarms.append(_alarm(row))
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                     damaged += 1
     except OSError as error:
@@ -260,9 +263,13 @@ def _alarms(run: Record, path: Path) -> None:
         run.notes.append(f"{path.name}: {damaged} damaged or cut lines are left out")
 
 
-def _alarm(found: Any) -> Alarm:
-    value, limit = (None if math.isnan(one := number(found.get(key))) else one for key in ("value", "limit"))
-    return Alarm(int(found["iteration"]), str(found["name"]), value, limit, str(found.get("message") or ""))
+def _alarm(row: Any) -> Alarm:
+    value, limit = (None if math.isnan(one := number(row.get(key))) else one for key in ("value", "limit"))
+    video, look_at = (str(row.get(key) or "") for key in ("video", "look_at"))
+    message = str(row.get("seen") or "") + (f" Look at: {look_at}" if look_at else "")
+    group, _, figure = str(row.get("figure") or "").partition("/")
+    column = "/".join(filter(None, (group, video.removeprefix("video").strip("/"), figure)))  # as callbacks/health.py has it
+    return Alarm(int(row["iteration"]), ", ".join(filter(None, (str(row["alarm"]), video))), value, limit, message, column)
 
 
 def _videos(run: Record, folder: Path) -> list[Video]:
