@@ -30,6 +30,7 @@ def test_many_values_keep_mean_extremes_and_order(rows: int, blocks: int) -> Non
     y[rows // 3], y[rows // 2] = 50.0, -50.0
     found = thinned(y, blocks)
     assert KEPT // 2 <= len(found.y) <= KEPT + 1 and found.count.sum() == rows
+    assert found.count.max() <= 2 * np.median(found.count)  # the cells are alike
     assert np.average(found.y, weights=found.count) == pytest.approx(y.mean())
     assert np.average(found.x, weights=found.count) == pytest.approx((rows - 1) / 2)
     assert (found.low.min(), found.high.max()) == (-50, 50)
