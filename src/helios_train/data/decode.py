@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,10 +76,26 @@ class Decoder:
         """
         _, frames = self._ask(path, {"path": str(path), "indices": [int(index) for index in indices]})
         assert frames is not None
+        self._count_read()
+        return frames
+
+    def stream(self, path: Path, count: int) -> Iterator[Tensor]:
+        """All frames from the first to the last, `count` at a time, each decoded once; for the rest as `read`. One video at a
+        time: what is asked of this decoder in between may end the worker, and the stream with it. `timeout` is a block's."""
+        done = 0
+        while True:
+            _, frames = self._ask(path, {"path": str(path), "from": done, "count": count})
+            if frames is None:
+                break
+            done += len(frames)
+            yield frames
+        self._count_read()
+
+    def _count_read(self) -> None:
+        """One more; after so many, the worker goes."""
         self._reads += 1
         if self._reads >= self.clips_a_worker:
             self.close()
-        return frames
 
     def close(self) -> None:
         """End the worker, whatever it does; a later request starts another."""

@@ -1,7 +1,7 @@
 """The process that decodes videos for `decode.Decoder`: `python -m helios_train.data.decode_worker PARENT_PID`.
 
 Requests come on stdin, answers go to stdout: a length of four bytes (big-endian), so many bytes of JSON, and after the answer to
-"read" the frames as plain bytes. It ends when stdin does, and on Linux with its parent, even stuck in a decoder. No torch.
+"read" or "stream" the frames as plain bytes. It ends when stdin does, and on Linux with its parent, even stuck in a decoder. No torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import struct
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from helios_train.data.contents import Contents, survey
-from helios_train.data.reader import read
+from helios_train.data.reader import read, stream
 from helios_train.errors import InputError
 
 LENGTH = struct.Struct(">I")
@@ -34,12 +35,12 @@ def main() -> None:
             return
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not come between the answers
-    requests = sys.stdin.buffer
+    requests, streams = sys.stdin.buffer, Streams()
     _send(answers, {"ready": True})
     while head := requests.read(LENGTH.size):
         request = json.loads(requests.read(LENGTH.unpack(head)[0]))
         try:
-            answer, frames = _do(request)
+            answer, frames = _do(request, streams)
         except InputError as error:
             answer, frames = {"error": str(error)}, None
         except Exception as error:  # a library's own exception: this video is the reason, the next may be well
@@ -47,8 +48,31 @@ def main() -> None:
         _send(answers, answer, frames)
 
 
-def _do(request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+class Streams:
+    """The one video that is being read from its first frame to its last, a request a block."""
+
+    def __init__(self) -> None:
+        self._path, self._next = Path(), 0
+        self._blocks: Iterator[np.ndarray] = iter(())
+
+    def block(self, path: Path, start: int, count: int) -> np.ndarray | None:
+        """The next frames, from `start` on; at 0 a video is begun, past its end there are none. InputError for other places."""
+        if not start:
+            self._path, self._next, self._blocks = path, 0, stream(path, _contents(path, *_state(path)), count)
+        if (path, start) != (self._path, self._next):
+            raise InputError(f"{path}: frames from {start} on do not follow those read before; read it from its first frame")
+        frames = next(self._blocks, None)
+        if frames is None:
+            return None
+        self._next += len(frames)
+        return np.ascontiguousarray(frames)
+
+
+def _do(request: dict[str, Any], streams: Streams) -> tuple[dict[str, Any], np.ndarray | None]:
     path = Path(request["path"])
+    if "from" in request:
+        block = streams.block(path, request["from"], request["count"])
+        return ({"end": True}, None) if block is None else ({"shape": block.shape}, block)
     contents = _contents(path, *_state(path))
     if "indices" not in request:
         return {"info": contents.info}, None

@@ -7,7 +7,8 @@ AV1 video: it reads what `Contents.plain` says. Frames are uint8 [F, H, W, 3] in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ try:
     import decord
 except ImportError:  # no wheel for this platform: PyAV reads everything
     decord = None
+
+UNDECODED = "cannot be decoded; repair or remove it"
 
 
 def read(path: Path, indices: Sequence[int], contents: Contents) -> NDArray[np.uint8]:
@@ -63,12 +66,37 @@ def read_av(path: Path, wanted: NDArray[np.int64], contents: Contents) -> NDArra
             pass  # what follows a key frame may need what is before it (open groups, gradual refresh): from the start, then
     done = _fill(out, path, wanted, contents, seek=False)
     if done < len(wanted):
-        raise InputError(f"{path}: frame {wanted[done]} of {contents.stored} cannot be decoded; repair or remove it")
+        raise InputError(f"{path}: frame {wanted[done]} of {contents.stored} {UNDECODED}")
     return out
+
+
+def stream(path: Path, contents: Contents, count: int) -> Iterator[NDArray[np.uint8]]:
+    """All frames from the first to the last, upright, at a constant rate: `count` at a time, at the end fewer. Each is decoded
+    once, and no more than `count` are held in memory.
+
+    InputError naming the file when one is damaged or missing.
+    """
+    wanted = np.arange(contents.info.frames) if contents.grid is None else contents.grid
+    frames = _decoded(path, wanted, contents, seek=False)
+    for start in range(0, len(wanted), count):
+        block = list(islice(frames, min(count, len(wanted) - start)))
+        if len(block) < min(count, len(wanted) - start):
+            raise InputError(f"{path}: frame {wanted[start + len(block)]} of {contents.stored} {UNDECODED}")
+        yield contents.turn(np.stack(block))
 
 
 def _fill(out: NDArray[np.uint8], path: Path, wanted: NDArray[np.int64], contents: Contents, *, seek: bool) -> int:
     """Decode into `out` from the start or the key frame before; how many places were filled before a frame was missing."""
+    done = 0
+    for pixels in _decoded(path, wanted, contents, seek=seek):
+        out[done] = pixels
+        done += 1
+    return done
+
+
+def _decoded(path: Path, wanted: NDArray[np.int64], contents: Contents, *, seek: bool) -> Iterator[NDArray[np.uint8]]:
+    """Stored frames, ascending, the same one possibly several times, decoded from the start or the key frame before the first;
+    it ends where a frame is missing."""
     done = 0
     with opened(path) as (container, stream):
         if seek:
@@ -83,8 +111,7 @@ def _fill(out: NDArray[np.uint8], path: Path, wanted: NDArray[np.int64], content
                 raise InputError(f"{path}: frame {number} is damaged or of another size; encode the video again or remove it")
             pixels = frame.to_ndarray(format="rgb24")
             while done < len(wanted) and wanted[done] == number:
-                out[done] = pixels
+                yield pixels
                 done += 1
             if done == len(wanted):
                 break
-    return done
