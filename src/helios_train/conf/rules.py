@@ -9,6 +9,7 @@ from helios_train.conf.schema import (
     Config,
     Data,
     DistillStage,
+    Evaluate,
     FewSteps,
     FolderData,
     HistoryStage,
@@ -75,6 +76,8 @@ def _broken(config: Config) -> Iterator[str]:
         yield from _part("pairs.part", config.pairs.part)
     if config.sample:
         yield from _sample(config.sample)
+    if config.evaluate:
+        yield from _evaluate(config.evaluate, config)
     if config.chain:
         if not config.chain.links:
             yield "chain.links=[]: name at least one link, the words one would write to train it"
@@ -114,6 +117,23 @@ def _sample(sample: Sample) -> Iterator[str]:
         yield f"sample.script: sections must rise from 0, got {sections}; the first caption stands at section 0"
     elif sections[-1] >= sample.sections:
         yield f"sample.script: section {sections[-1]} lies past the end; sample.sections={sample.sections}"
+
+
+def _evaluate(evaluate: Evaluate, config: Config) -> Iterator[str]:
+    sources = {"evaluate.videos": evaluate.videos, "init": config.init, "evaluate.compare": evaluate.compare or None}
+    given = [key for key, value in sources.items() if value is not None]
+    if not given:
+        yield "task=evaluate: name a folder of videos (evaluate.videos), weights to sample from (init), or folders to compare"
+    if len(given) > 1:
+        yield f"{' and '.join(given)}: one command evaluates one thing; give one"
+    if evaluate.metrics == ():
+        yield "evaluate.metrics=[]: name at least one metric, or null"
+    if config.trainer.devices > 1:
+        yield (
+            f"trainer.devices={config.trainer.devices}: task=evaluate takes one device a process; start several, each with its "
+            "evaluate.part"
+        )
+    yield from _part("evaluate.part", evaluate.part)
 
 
 def levels_of(stage: Stage) -> int:

@@ -8,18 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from helios_train.conf.values import Above0, AtLeast0, Count, Decay, Frames, Pixels, Positive, Range, Share, Sigma
+from helios_train.conf.evaluation import Evaluate
+from helios_train.conf.kinds import Above0, AtLeast0, Count, Decay, Draw, Frames, Pixels, Positive, Share, Sigma, Weights
+from helios_train.conf.values import Range
 from helios_train.conf.watched import Watch
-
-Draw = Literal["sample", "micro_batch"]
-Weights = Literal["auto", "ema", "last"]
 
 
 @dataclass(frozen=True)
 class Task:
     """The verb."""
 
-    name: Literal["train", "prepare", "pairs", "merge", "sample", "chain", "plan"]
+    name: Literal["train", "prepare", "pairs", "merge", "sample", "evaluate", "chain", "plan"]
 
 
 @dataclass(frozen=True)
@@ -551,6 +550,7 @@ class Config:
     pairs: Pairs | None = None
     merge: Merge | None = None
     sample: Sample | None = None
+    evaluate: Evaluate | None = None
     chain: Chain | None = None
     plan: Plan | None = None
 
@@ -572,4 +572,12 @@ GROUPS: dict[str, dict[str, type]] = {
     "experiment": {"": Experiment},
 }
 # Task -> the class of the keys that stand under its name.
-TASKS: dict[str, type] = {"prepare": Prepare, "pairs": Pairs, "merge": Merge, "sample": Sample, "chain": Chain, "plan": Plan}
+TASKS: dict[str, type] = {
+    "prepare": Prepare,
+    "pairs": Pairs,
+    "merge": Merge,
+    "sample": Sample,
+    "evaluate": Evaluate,
+    "chain": Chain,
+    "plan": Plan,
+}

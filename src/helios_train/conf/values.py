@@ -45,17 +45,6 @@ class Range:
         return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
 
 
-Count = Annotated[int, Range(at_least=0)]
-Positive = Annotated[int, Range(at_least=1)]
-Share = Annotated[float, Range(at_least=0, at_most=1)]
-Above0 = Annotated[float, Range(above=0)]
-AtLeast0 = Annotated[float, Range(at_least=0)]
-Decay = Annotated[float, Range(at_least=0, below=1)]
-Sigma = Annotated[float, Range(above=0, at_most=1)]
-Pixels = Annotated[int, Range(at_least=16, multiple=16)]
-Frames = Annotated[int, Range(at_least=33)]
-
-
 def fill(cls: Callable[..., T], node: object, key: str = "", chosen: Mapping[str, type] | None = None) -> T:
     """An instance of the dataclass `cls` from the dict `node` that stands at `key`; ConfigError names the first wrong key.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from helios_train.conf.values import Above0, AtLeast0, Count, Positive, Sigma
+from helios_train.conf.kinds import Above0, AtLeast0, Count, Positive, Sigma
 
 
 @dataclass(frozen=True)

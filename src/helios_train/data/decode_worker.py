@@ -1,7 +1,7 @@
 """The process that decodes videos for `decode.Decoder`: `python -m helios_train.data.decode_worker PARENT_PID`.
 
-Requests come on stdin, answers go to stdout: a length of four bytes (big-endian), so many bytes of JSON, and after the answer to
-"read" or "stream" the frames as plain bytes. It ends when stdin does, and on Linux with its parent, even stuck in a decoder. No torch.
+Requests come on stdin, answers go to stdout: a length of four bytes (big-endian), so many bytes of JSON, and where frames were
+asked for these as plain bytes. It ends when stdin does, and on Linux with its parent, even stuck in a decoder. No torch.
 """
 
 from __future__ import annotations

@@ -19,18 +19,18 @@ PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.onnx"]  #
 
 
 def root_of(weights: str, parts: tuple[str, ...], key: str) -> Path:
-    """The folder that `weights` names: one on this disk, or a model on the hub, of which `parts` (subfolders) are downloaded
-    unless they are in its cache. `key` is the config's, for messages. InputError where there is neither."""
+    """The folder that `weights` names: one on this disk, or a model on the hub, of which `parts` (subfolders; "": the files
+    beside them) are downloaded unless they are in its cache. `key` is the config's. InputError where there is neither."""
     local = Path(weights).expanduser()
     if weights and local.is_dir():
         return local
     if (weights and local.exists()) or not HUB_NAME.fullmatch(weights):
         raise InputError(f"{key}={weights}: no such folder; name a diffusers folder, or a model on the hub as OWNER/NAME")
+    wanted = [pattern for part in parts for pattern in ([f"{part}/*"] if part else ["*.json", "*.safetensors"])]
     try:
-        wanted = [f"{part}/*" for part in parts]
         return Path(huggingface_hub.snapshot_download(weights, allow_patterns=wanted, ignore_patterns=PICKLES))
     except (OSError, ValueError) as error:
-        included = " ".join(f"--include '{part}/*'" for part in parts)
+        included = " ".join(f"--include '{pattern}'" for pattern in wanted)
         raise InputError(
             f"{key}={weights}: no such folder, and the hub gave no model of that name ({reason(error)}); where there is a "
             f"network run `hf download {weights} {included} --local-dir FOLDER`, and set {key}=FOLDER"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from helios_train.conf.schema import Config
-from helios_train.tasks import chain, merge, pairs, plan, prepare, sample, train
+from helios_train.tasks import chain, evaluate, merge, pairs, plan, prepare, sample, train
 
 TASKS = {
     "train": train.run,
@@ -13,6 +13,7 @@ TASKS = {
     "pairs": pairs.run,
     "merge": merge.run,
     "sample": sample.run,
+    "evaluate": evaluate.run,
     "chain": chain.run,
     "plan": plan.run,
 }

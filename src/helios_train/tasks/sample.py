@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -38,6 +39,53 @@ SHOWN = 60  # characters of a caption in a file's name
 
 def run(config: Config, raw: dict[str, Any]) -> None:
     """Samples `sample.prompt`, `sample.script` (or captions of toy videos) from the weights `init`."""
+    assert config.sample is not None
+    made = list(sampled(config, jobs(config), Path(config.sample.output)))
+    figures = [each.seen.toy for each in made if each.seen.toy]
+    if figures:
+        print(summary(figures))
+    print(drift_summary([each.seen.drift for each in made]))
+    print("\n".join(f"{each.saved.mp4}\n{each.saved.sheet}" for each in made))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to sample: its number (of which its noise is a function), caption or script, sections, the name of its files."""
+
+    number: int
+    prompt: str | Script
+    sections: int
+    name: str
+
+    @property
+    def caption(self) -> str:
+        """What people read, and what stands in its facts."""
+        return _caption(self.prompt)
+
+
+class Made(NamedTuple):
+    """A sampled video, what was seen of it, and the seconds it took from caption to file."""
+
+    saved: SavedVideo
+    seen: Seen
+    seconds: float
+
+
+def jobs(config: Config) -> list[Job]:
+    """The videos that the keys of task=sample ask for."""
+    wanted = config.sample
+    assert wanted is not None
+    if wanted.script is not None:
+        prompts: list[str | Script] = [Script(wanted.script, wanted.crossfade)]
+    elif isinstance(wanted.prompt, str):
+        prompts = [wanted.prompt]
+    else:
+        prompts = [*(wanted.prompt or toy_captions(_origin(config).config, wanted.count))]
+    return [Job(number, prompt, wanted.sections, file_name(number, prompt)) for number, prompt in enumerate(prompts)]
+
+
+def sampled(config: Config, jobs: Sequence[Job], folder: Path) -> Iterator[Made]:
+    """Samples one video after the other into `folder`, from the weights `init`, as the keys of task=sample say."""
     wanted = config.sample
     assert wanted is not None
     origin = _origin(config)
@@ -46,13 +94,9 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     size = wanted.size or origin.size
     start = _start(wanted, size)
     codec, text = build.codec(origin.config), build.text(origin.config)
-    if wanted.script is not None:
-        prompts: list[str | Script] = [Script(wanted.script, wanted.crossfade)]
-    elif isinstance(wanted.prompt, str):
-        prompts = [wanted.prompt]
-    else:
-        prompts = [*(wanted.prompt or toy_captions(origin.config, wanted.count))]
-    encoded = Encoded(text, prompts)
+    began = time.perf_counter()
+    encoded = Encoded(text, [job.prompt for job in jobs])
+    encoding = (time.perf_counter() - began) / max(1, len(jobs))
     text.unload()
     begun = weights.start(config, wanted.weights)
     _same_encoders(config, begun.encoders, now)
@@ -76,20 +120,12 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     print(f"{config.init}: {size[0]}x{size[1]} pixels, codec {codec.name}, text {text.name}, on {device}", flush=True)
     if start:
         print("\n".join([f"from {start.path}", *(f"  {note}" for note in start.notes)]), flush=True)
-    figures: list[dict[str, Any]] = []
-    drifts: list[Drift] = []
-    paths: list[str] = []
-    for number, prompt in enumerate(prompts):
-        print(f"sampling {number + 1} of {len(prompts)}: {_caption(prompt)}", flush=True)
-        plan = wanted.sections, wanted.steps, wanted.guidance
-        saved, seen = sampler.sample(transformer, prompt, number, *plan, Path(wanted.output))
-        figures += [seen.toy] if seen.toy else []
-        drifts.append(seen.drift)
-        paths += [str(saved.mp4), str(saved.sheet)]
-    if figures:
-        print(summary(figures))
-    print(drift_summary(drifts))
-    print("\n".join(paths))
+    for done, job in enumerate(jobs, start=1):
+        print(f"sampling {done} of {len(jobs)}: {job.caption}", flush=True)
+        plan = job.sections, wanted.steps, wanted.guidance
+        began = time.perf_counter()
+        saved, seen = sampler.sample(transformer, job.prompt, job.number, *plan, folder, job.name)
+        yield Made(saved, seen, time.perf_counter() - began + encoding)
 
 
 @dataclass(frozen=True)
@@ -203,17 +239,18 @@ class VideoSampler:
         steps: int | tuple[int, ...] | None,
         guidance: float,
         folder: Path,
+        name: str | None = None,
     ) -> tuple[SavedVideo, Seen]:
-        """One video into `folder`, written and measured as its sections come; toy captions are judged."""
+        """One video into `folder`, written and measured as its sections come; toy captions are judged. Its files are called
+        `name`, by default after number and caption."""
         script = _as_script(prompt)
         caption = script.captions[0][1]
         each, guidance = self.settings.steps(steps), 1.0 if self.settings.distilled else guidance
-        name = f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', caption.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
         judging = len(script.captions) == 1 and parse_caption(caption) is not None
         tracks: list[ToyTrack] = []
         meter = DriftMeter()
         guard = DriftGuard(self.seed) if self.drift else None
-        with VideoFiles(folder, name, self.fps, sections) as files:
+        with VideoFiles(folder, name or file_name(number, script), self.fps, sections) as files:
             made = self._sections(transformer, script, number, (sections, each, guidance), guard)
             for done, latents in enumerate(made, start=1):
                 frames = pixels(self.codec, latents)[0]
@@ -252,6 +289,12 @@ class VideoSampler:
         pipeline = build_pipeline(transformer, self.codec, self.settings)
         denoise = Sections(pipeline, steps, guidance, generator, self.settings.amplify, self.settings.anchor)
         return grown(denoise, script.texts(embeddings, count), history, guard)
+
+
+def file_name(number: int, prompt: str | Script) -> str:
+    """What the files of a video are called: its number and the letters of its (first) caption."""
+    caption = _as_script(prompt).captions[0][1]
+    return f"{number:03d}_{re.sub(r'[^a-z0-9]+', '_', caption.lower()).strip('_')[:SHOWN] or 'no_prompt'}"
 
 
 def _as_script(prompt: str | Script) -> Script:
