@@ -25,7 +25,7 @@ def shown_commands() -> list[str]:
 def test_shown_commands_compose(command: str) -> None:
     arguments = shlex.split(command)[3:]
     check_arguments(arguments)
-    assert compose(arguments).task.name in ("train", "prepare", "merge", "sample")
+    assert compose(arguments).task.name in ("train", "prepare", "merge", "sample", "evaluate")
 
 
 def test_there_are_such_commands_and_links_lead_somewhere() -> None:

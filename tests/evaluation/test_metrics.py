@@ -24,6 +24,7 @@ from helios_train.evaluation.throughput import Throughput
 from helios_train.evaluation.windows import beginnings, ends, semantic_ends, smoothness_ends
 
 BOXED = (16, 640)  # a video that fills the box's width: it is looked at as it is
+TALL = (224, 640)  # and one that CLIP only crops
 
 
 def grey_video(levels: list[float], size: tuple[int, int] = BOXED) -> Tensor:
@@ -112,7 +113,9 @@ def test_amplitude_of_a_pan(step: tuple[int, int], score: float) -> None:
 def test_amplitude_is_that_of_maps_shrunk_by_area() -> None:
     video = pan((3, 1))
     greys, flow = grey(video), farneback()
-    maps = np.stack([cv2.resize(flow(a, b), (16, 8), interpolation=cv2.INTER_AREA) for a, b in zip(greys, greys[1:])])
+    maps = np.stack(
+        [cv2.resize(flow(a, b), (16, 8), interpolation=cv2.INTER_AREA) for a, b in zip(greys, greys[1:], strict=False)]
+    )
     assert MotionAmplitude().score(video).value == pytest.approx(abs(maps.mean(0).mean()), abs=1e-5)
 
 
@@ -138,12 +141,12 @@ def test_amplitude_needs_two_frames_and_opencv(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_aesthetic_is_linear_algebra_and_blind_to_order() -> None:
-    levels = [0, 40, 90, 200, 255] * 8  # more than a batch
-    metric = AestheticScore(Brightness(), head(), frame_batch=7)
-    features = Brightness()(clip_input(grey_video(levels).float()))
+    levels = [0, 40, 90, 200, 255] * 2  # more than a batch
+    metric = AestheticScore(Brightness(), head(), frame_batch=4)
+    features = Brightness()(clip_input(grey_video(levels, TALL).float()))
     wanted = (F.normalize(features, dim=-1) @ torch.tensor([3.0, 1.0]) + 4).mean() / 10
-    assert metric.score(grey_video(levels)).value == pytest.approx(float(wanted), abs=1e-6)
-    assert metric.score(grey_video(levels[::-1])).value == pytest.approx(float(wanted), abs=1e-6)
+    assert metric.score(grey_video(levels, TALL)).value == pytest.approx(float(wanted), abs=1e-6)
+    assert metric.score(grey_video(levels[::-1], TALL)).value == pytest.approx(float(wanted), abs=1e-6)
 
 
 def test_semantic_sees_eight_frames_and_the_caption() -> None:
@@ -159,14 +162,14 @@ def test_semantic_sees_eight_frames_and_the_caption() -> None:
 
     metric = SemanticConsistency(video_encoder, text_encoder)
     levels = list(range(0, 243, 3))
-    assert metric.score(grey_video(levels), "a fox").value == pytest.approx(0.6)
-    assert metric.score(grey_video(levels), "a cow").value == pytest.approx(0.8)
-    wanted = clip_input(grey_video([levels[i] for i in (4, 14, 24, 34, 44, 54, 64, 75)]))
+    assert metric.score(grey_video(levels, TALL), "a fox").value == pytest.approx(0.6)
+    assert metric.score(grey_video(levels, TALL), "a cow").value == pytest.approx(0.8)
+    wanted = clip_input(grey_video([levels[i] for i in (4, 14, 24, 34, 44, 54, 64, 75)], TALL))
     assert torch.equal(seen[0][0], wanted)
     with pytest.raises(InputError, match="no caption"):
-        metric.score(grey_video(levels))
+        metric.score(grey_video(levels, TALL))
     short = SemanticConsistency(lambda frames: frames.mean((2, 3, 4)), lambda captions: torch.ones(1, 8))
-    assert short.score(grey_video([200]), "a fox").value == pytest.approx(1.0)  # one frame, eight times
+    assert short.score(grey_video([200], TALL), "a fox").value == pytest.approx(1.0)  # one frame, eight times
 
 
 def semantic_by_brightness() -> SemanticConsistency:
@@ -190,7 +193,7 @@ def semantic_by_brightness() -> SemanticConsistency:
 def test_a_palindrome_does_not_drift(base: VideoMetric, windows: object) -> None:
     # Each level three times: semantic windows of a palindrome are not mirrored to the frame, and the stand-in takes their mean.
     half = [7] * 3 + [40] * 3 + [90] * 10 if windows is not semantic_ends else [40] * 20
-    video = grey_video([*half, *[1, 255, 3], *half[::-1]])
+    video = grey_video([*half, *[1, 255, 3], *half[::-1]], TALL)
     metric = Drift(base, windows)
     metric.update([video], text=["a fox"])
     assert float(metric.compute()) == pytest.approx(0.0, abs=1e-6)
@@ -200,13 +203,13 @@ def test_a_palindrome_does_not_drift(base: VideoMetric, windows: object) -> None
 def test_drift_compares_the_published_windows() -> None:
     levels = [20] * 12 + [100] * 57 + [200] * 12
     metric, base = Drift(AestheticScore(Brightness(), head()), ends), AestheticScore(Brightness(), head())
-    start, end = (base.score(grey_video([level])).value for level in (20, 200))
-    found = metric.score(grey_video(levels))
+    start, end = (base.score(grey_video([level], TALL)).value for level in (20, 200))
+    found = metric.score(grey_video(levels, TALL))
     assert found.value == pytest.approx(abs(start - end), abs=1e-6) and found.value > 0.01
     assert found.details == {"start": pytest.approx(start), "end": pytest.approx(end)}
-    metric.update([grey_video(levels), grey_video(levels[::-1])])
+    metric.update([grey_video(levels, TALL), grey_video(levels[::-1], TALL)])
     assert float(metric.compute()) == pytest.approx(found.value) and float(metric.signed()) == pytest.approx(0, abs=1e-6)
-    moved = grey_video([19] * 11 + [100] * 2 + [20] * 55 + [50] * 13)
+    moved = grey_video([19] * 11 + [100] * 2 + [20] * 55 + [50] * 13, TALL)
     semantic = Drift(semantic_by_brightness(), semantic_ends).score(moved, "a fox")
     by_hand = [semantic_by_brightness().score(moved[window], "a fox").value for window in (slice(0, 12), slice(68, 81))]
     assert semantic.details == {"start": pytest.approx(by_hand[0]), "end": pytest.approx(by_hand[1])}
@@ -232,11 +235,11 @@ def test_boxes_and_clips_pixels() -> None:
 
 
 def test_blocks_do_not_change_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    video = torch.cat([pan((1, 1), 9)[:, :, :32], noise_video(14, (32, 640))])
+    video = torch.cat([pan((1, 1), 9)[:, :, :224], noise_video(14, TALL)])
     metrics = [MotionAmplitude(), MotionSmoothness(mean_of_both), AestheticScore(Brightness(), head()), semantic_by_brightness()]
     metrics += [Drift(metrics[1], smoothness_ends), Drift(metrics[2], ends), Drift(metrics[3], semantic_ends)]
     scores = []
-    for size in (1, 2, 5, 23):
+    for size in (5, 23):
         monkeypatch.setattr("helios_train.evaluation.metric.BLOCK", size)
         scores.append([metric.score(video, "a fox").value for metric in metrics])
     for other in scores[1:]:
@@ -245,7 +248,7 @@ def test_blocks_do_not_change_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_updates_lengths_and_ids() -> None:
     metric = AestheticScore(Brightness(), head())
-    video = torch.stack([grey_video([10, 10, 250]), grey_video([60, 60, 60])])
+    video = torch.stack([grey_video([10, 10, 250], TALL), grey_video([60, 60, 60], TALL)])
     one, other = metric.score(video[0, :2]).value, metric.score(video[1]).value
     metric.update(video, lengths=[2, 3])
     assert metric.compute().dtype == torch.float64 and float(metric.compute()) == pytest.approx((one + other) / 2)

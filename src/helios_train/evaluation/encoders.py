@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,16 +60,19 @@ def linear_head(weights: str, key: str = "evaluate.aesthetic.head") -> nn.Linear
 
 
 def imported(name: str, key: str) -> Callable[..., Any]:
-    """The callable at `module:name`. InputError where there is none; `key` is the config's, for messages."""
+    """The callable at `module:name`, of an installed module or one in the working directory. InputError where there is none;
+    `key` is the config's, for messages."""
     if not IMPORT_PATH.fullmatch(name):
         raise InputError(f"{key}={name}: write it as module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no folder here hides an installed package
     module, _, attribute = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{key}={name}: cannot be imported ({error}); install it, or put its folder on PYTHONPATH") from error
+        raise InputError(f"{key}={name}: cannot be imported ({error}); install it, or start in its folder") from error
     if not callable(found):
         raise InputError(f"{key}={name}: is a {type(found).__name__}, which cannot be called; name a function or a module")
     return found
