@@ -44,6 +44,7 @@ COMMON = [
     "data.global_batch=1",
     "data.micro_batch=1",
     "stage.gan.start=0",
+    "memory=plain",
     "memory.checkpointing=true",
 ]
 MODELS = {

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,11 @@ class RunFolder:
         return self.path / "run_card.txt"
 
     @property
+    def plan(self) -> Path:
+        """JSON file of what the run was planned to need, where it was planned."""
+        return self.path / "plan.json"
+
+    @property
     def config(self) -> Path:
         """YAML file of the composed config."""
         return self.path / "config.yaml"
@@ -114,11 +119,6 @@ class RunFolder:
     def environment(self) -> Path:
         """JSON file of the machine and the versions the run was started with, and gone on with."""
         return self.path / "environment.json"
-
-    @property
-    def plan(self) -> Path:
-        """JSON file of the memory an iteration was planned to take."""
-        return self.path / "plan.json"
 
     @property
     def report(self) -> Path:
@@ -162,6 +162,16 @@ class RunFolder:
             _held.discard(self._lock)
             os.close(self._lock)
         self._lock = None
+
+    def discard_unbegun(self) -> None:
+        """Removes what `create` made, where this process has the lock and the run did not come to write its config."""
+        if self._lock is None or self.config.is_file() or self.newest_checkpoint():
+            return
+        for file in (self.card, self.plan, self.lock_file):
+            file.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.videos, self.path):
+            with suppress(OSError):  # somebody else's files are in it
+                folder.rmdir()
 
     def locked(self) -> bool:
         """Whether some process, this one included, writes here."""

@@ -143,7 +143,7 @@ def test_published_phases_of_the_mid_stage() -> None:
     for config, lr, steps, warmup, batch in ((init, 1e-4, 16000, 1000, 256), (refine, 3e-5, 20000, 500, 192)):
         assert (config.optimizer.lr, config.trainer.max_steps, config.optimizer.warmup) == (lr, steps, warmup)
         assert (config.data.global_batch, config.data.size, config.stage.lora.rank) == (batch, (384, 640), 256)
-        assert config.memory.checkpointing and config.stage.trainable == "lora" and config.stage.ema.decay == 0
+        assert config.memory.name == "auto" and config.stage.trainable == "lora" and config.stage.ema.decay == 0
     assert (init.stage.pyramid.ratios, refine.stage.pyramid.ratios) == ((1, 2, 1), (1, 1, 1))
     both = [(config.stage.lora.patch_embedding, config.stage.lora.history_patches) for config in (init, refine)]
     assert both == [(False, False), (True, True)]
@@ -157,7 +157,7 @@ def test_published_phases_of_the_few_step_stages() -> None:
         assert (optimizer.lr, optimizer.betas, optimizer.weight_decay, optimizer.clip) == (2e-6, (0.0, 0.999), 1e-3, 1.0)
         assert (optimizer.schedule, optimizer.warmup, config.trainer.max_steps) == ("constant", 0, steps)
         assert (config.stage.trainable, config.stage.lora.rank, config.stage.student.steps) == ("lora", 256, (2, 2, 2))
-        assert config.memory.checkpointing and config.data.size == (384, 640)
+        assert config.memory.name == "auto" and config.data.size == (384, 640)
     assert (regression.stage.sections, regression.stage.weight, regression.stage.ema.start) == (3, 80.0, 250)
     assert (matching.stage.every, matching.stage.guidance, matching.stage.critic.lr) == (5, 3.0, 4e-7)
     assert compose(["experiment=ode_init", "task=pairs"]).pairs.count == 1000

@@ -13,6 +13,7 @@ from helios_train.conf.schema import (
     FewSteps,
     FolderData,
     HistoryStage,
+    Memory,
     MidStage,
     Model,
     OdeStage,
@@ -25,6 +26,7 @@ from helios_train.conf.schema import (
 from helios_train.errors import ConfigError
 
 ONE_BASE = ("shared_48gb", "nf4_24gb", "nf4_16gb")  # memory presets that hold one base alone
+AUTO = "auto"  # chooses among the others
 MOST_LEVELS, TABLE = 4, 1000  # of a pyramid; entries of the table of noise levels
 NOMINAL_SIDE = 64  # pixels of the shorter side that lengths of toy videos are given for
 ROUNDING = 1e-6  # shares may sum to 1 within this
@@ -166,6 +168,10 @@ def _model(model: Model) -> Iterator[str]:
 
 def memory_fits(config: Config) -> Iterator[str]:
     """What a memory choice cannot do for this run."""
+    if config.memory.name == AUTO:
+        if config.memory != Memory(AUTO, "bf16", "bf16", False, "nothing", False, 1, "device", "device", True):
+            yield "memory=auto: chooses all of the group's keys; choose one of the others to set some of them"
+        return
     if config.memory.name in ONE_BASE and isinstance(config.stage, DistillStage) and config.stage.bases == "distinct":
         yield f"memory={config.memory.name}: holds one base, stage.bases=distinct has two; set stage.bases=shared (or auto)"
     distinct = isinstance(config.stage, DistillStage) and not (

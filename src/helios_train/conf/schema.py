@@ -96,6 +96,7 @@ class Sample:
 class Plan:
     """Keys of task=plan."""
 
+    card: Above0 | None
     output: str | None
     picture: str | None
     all: bool

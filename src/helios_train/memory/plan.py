@@ -49,6 +49,13 @@ class Plan:
         """What the process will take of a card."""
         return self.peak * (1 + FRAGMENTATION) + CONTEXT
 
+    def summary(self) -> str:
+        """One line: the peak, its moment, what is taken of a card and of the host."""
+        return (
+            f"planned peak {self.peak:.2f} GiB, in {self.moment}; {self.reserved:.2f} with context and fragmentation, "
+            f"{self.host:.2f} on the host"
+        )
+
     def fits(self) -> dict[str, bool]:
         """Which cards hold it."""
         return {card: self.reserved <= usable for card, usable in CARDS.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,29 +175,44 @@ def group_of(name: str) -> str:
     return {"blocks": "blocks", "condition_embedder": "embedders", "patch_embedding": "embedders"}.get(first, "output")
 
 
-@torch.no_grad()
 def folded(transformer: nn.Module, overrides: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The plain state dict: every adapter added to its base in fp32, the sum stored in the base's dtype.
 
     `overrides`: fp32 values (masters, EMA) to use in place of the module's own.
     """
+    return dict(folding(transformer, overrides))
+
+
+def folding(
+    transformer: nn.Module, overrides: Mapping[str, Tensor] | None = None, taking: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The entries of `folded`, one by one. With `taking` each of the transformer's weights is emptied once it was folded: of two
+    copies one and a layer are there at a time."""
     given = overrides or {}
     parameters = dict(transformer.named_parameters())
     value = {name: given.get(name, parameter).detach() for name, parameter in parameters.items()}
-    plain: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         if ".lora_" in name:
             continue
-        layer_name = name.removesuffix(".base_layer.weight")
-        weight = value[name].float()
-        if layer_name != name:
-            layer = transformer.get_submodule(layer_name)
-            assert isinstance(layer, LoraLayer)
-            for role in layer.lora_A:
-                A, B = (value[f"{layer_name}.lora_{side}.{role}.weight"].float() for side in "AB")
-                weight = weight + layer.scaling[role] * (B.flatten(1) @ A.flatten(1)).view_as(weight)
-        plain[name.replace(".base_layer.", ".")] = weight.to(parameter.dtype).contiguous()
-    return plain
+        with torch.no_grad():
+            weight = _with_adapters(transformer, name, value).to(parameter.dtype, copy=True).contiguous()
+            if taking:
+                parameter.data = parameter.data.new_empty(0)
+                del value[name]
+        yield name.replace(".base_layer.", "."), weight
+
+
+def _with_adapters(transformer: nn.Module, name: str, value: Mapping[str, Tensor]) -> Tensor:
+    """A weight in fp32, the adapters on its layer added."""
+    layer_name = name.removesuffix(".base_layer.weight")
+    weight = value[name].float()
+    if layer_name != name:
+        layer = transformer.get_submodule(layer_name)
+        assert isinstance(layer, LoraLayer)
+        for role in layer.lora_A:
+            A, B = (value[f"{layer_name}.lora_{side}.{role}.weight"].float() for side in "AB")
+            weight = weight + layer.scaling[role] * (B.flatten(1) @ A.flatten(1)).view_as(weight)
+    return weight
 
 
 def link_state(transformer: nn.Module, role: str, overrides: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

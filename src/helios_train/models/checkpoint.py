@@ -6,15 +6,22 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import Tensor
 
 from helios_train.errors import InputError
 
 SHOWN = 3  # names a message spells out
+
+
+class Shaped(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sides."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -80,7 +87,7 @@ def _remove(unfinished: Path) -> None:
         unfinished.unlink(missing_ok=True)
 
 
-def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str) -> None:
+def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Shaped], where: str, remedy: str = "") -> None:
     """InputError unless `found` has exactly the expected keys and shapes; names what is missing, extra or misshapen."""
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
@@ -93,7 +100,7 @@ def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], 
         f"{kind} {_some(names)}" for kind, names in (("missing", missing), ("unexpected", extra), ("misshapen", shapes)) if names
     ]
     if faults:
-        raise InputError(f"{where}: the weights are not this model's: {'; '.join(faults)}")
+        raise InputError(f"{where}: the weights are not this model's: {'; '.join(faults)}{remedy and f'; {remedy}'}")
 
 
 def _some(names: list[str]) -> str:

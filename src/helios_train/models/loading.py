@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import HeliosTransformer3DModel
-from torch import nn
+from torch import Tensor, nn
 
 from helios_train import rng
 from helios_train.errors import InputError
 from helios_train.models.checkpoint import audit
 from helios_train.models.precision import cast, dtype_of
-from helios_train.models.pretrained import mapped_weights
+from helios_train.models.pretrained import Stored, mapped_weights, stored_weights
 from helios_train.models.transformer import HISTORY_PATCHES, HeliosTransformer
 
 WEIGHTS = "diffusion_pytorch_model"
 # Where Wan and older Helios files keep what now has another name.
 RENAMED = {"scale_shift_table": "norm_out.scale_shift_table"}
+AGAIN = "name the folder of this model, or copy or export it again"
+Store = Callable[[str, nn.Module], nn.Module]  # a layer's name and the layer, to what stands in its place
 CONFIG_KEYS = inspect.signature(HeliosTransformer3DModel.__init__).parameters.keys() - {"self"} | {"positions"}
 
 
@@ -53,34 +55,81 @@ def fill_buffers(transformer: nn.Module) -> None:
     transformer.rope = type(transformer.rope)(config.rope_dim, config.rope_theta)
 
 
-def load_transformer(folder: Path, dtype: torch.dtype) -> HeliosTransformer:
-    """The transformer of a diffusers folder (the pipeline's, or its `transformer/`), in `dtype` on the host.
+def load_transformer(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    store: Store | None = None,
+    fits: Callable[[int], None] | None = None,
+) -> HeliosTransformer:
+    """The transformer of a diffusers folder (the pipeline's, or its `transformer/`), in `dtype` on `device`.
 
     Takes Helios folders, older ones with a top-level scale_shift_table, and Wan text-to-video folders, whose missing history
-    patches start from the target's. InputError names a key that is missing, extra or misshapen.
+    patches start from the target's. It is built on meta and filled weight by weight, file by file: beside what is loaded there
+    is at most one file. `store` is called with each layer as soon as its weights are there. `fits` is called before anything is
+    allocated, with the bytes that the host will have to hold. InputError, before that, from the files' headers alone, for a
+    file that is missing or cut short, and a key that is missing, extra or misshapen.
     """
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    shape = read_shape(folder)
-    try:
-        with torch.device("meta"):
-            transformer = HeliosTransformer(**shape)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:  # a number that is none, or fits no other
-        raise InputError(f"{folder / 'config.json'}: makes no model ({error}); copy or export the folder again") from error
-    weights = {RENAMED.get(name, name): value for name, value in mapped_weights(folder, WEIGHTS)}
-    expected = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
-    fresh = [name for name in HISTORY_PATCHES if f"{name}.weight" not in weights and f"{name}.bias" not in weights]
+    transformer = _on_meta(folder)
+    stored = {RENAMED.get(name, name): one for name, one in stored_weights(folder, WEIGHTS).items()}
+    fresh = [name for name in HISTORY_PATCHES if f"{name}.weight" not in stored and f"{name}.bias" not in stored]
     if len(fresh) != len(HISTORY_PATCHES):  # all are there, or all are new: a folder with some is damaged
         fresh = []
-    audit({name: size for name, size in expected.items() if name.split(".")[0] not in fresh}, weights, str(folder))
-    for name, value in list(weights.items()):
-        weights[name] = value.to(dtype_of(name, dtype))
-    transformer.load_state_dict(weights, strict=False, assign=True)
+    _audit(transformer, stored, fresh, folder)
+    if fits and torch.device(device).type == "cpu":
+        fits(stored_size(_on_meta(folder), dtype, store))
+    for name, value in mapped_weights(folder, WEIGHTS):
+        name = RENAMED.get(name, name)
+        _place(transformer, name, value.to(device=device, dtype=dtype_of(name, dtype), copy=True))
+        _keep(transformer, name.rpartition(".")[0], store)
+        del value  # and with the last of a file the file, before the next is opened
     for name in fresh:
-        getattr(transformer, name).to_empty(device="cpu")
+        getattr(transformer, name).to_empty(device=device)
         start_patch(transformer, name)
     fill_buffers(transformer)
+    transformer.rope.to(device)
     cast(transformer, dtype)
     return transformer
+
+
+def _on_meta(folder: Path) -> HeliosTransformer:
+    try:
+        with torch.device("meta"):
+            return HeliosTransformer(**read_shape(folder))
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:  # a number that is none, or fits no other
+        raise InputError(f"{folder / 'config.json'}: makes no model ({error}); copy or export the folder again") from error
+
+
+def _audit(transformer: HeliosTransformer, stored: Mapping[str, Stored], fresh: Sequence[str], folder: Path) -> None:
+    """InputError unless the headers have this model's weights, but for those of `fresh` layers; names the file if one is to
+    blame."""
+    shapes = {name: tuple(value.shape) for name, value in transformer.state_dict().items()}
+    blamed = {one.file for name, one in stored.items() if shapes.get(name) != one.shape}
+    where = blamed.pop() if len(blamed) == 1 else folder
+    audit({name: size for name, size in shapes.items() if name.split(".")[0] not in fresh}, stored, str(where), AGAIN)
+
+
+def stored_size(transformer: HeliosTransformer, dtype: torch.dtype, store: Store | None = None) -> int:
+    """Bytes of a transformer once it is loaded in `dtype`, its layers as `store` makes them; one on meta, which is changed."""
+    cast(transformer, dtype)
+    for name, _ in list(transformer.named_modules()):
+        _keep(transformer, name, store)
+    return sum(tensor.nbytes for tensor in (*transformer.parameters(), *transformer.buffers()))
+
+
+def _place(transformer: HeliosTransformer, name: str, value: Tensor) -> None:
+    """Puts one weight where it belongs."""
+    owner, _, last = name.rpartition(".")
+    transformer.get_submodule(owner)._parameters[last] = nn.Parameter(value)
+
+
+def _keep(transformer: HeliosTransformer, name: str, store: Store | None) -> None:
+    """A layer as `store` makes it, once all of its weights are there (or, to know its size, none)."""
+    weights = [weight for weight in transformer.get_submodule(name)._parameters.values() if weight is not None]
+    if store and name and weights and len({weight.is_meta for weight in weights}) == 1:
+        above, _, own = name.rpartition(".")
+        setattr(transformer.get_submodule(above), own, store(name, transformer.get_submodule(name)))
 
 
 def read_shape(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from safetensors import SafetensorError, safe_open
@@ -69,22 +69,78 @@ def load(kind: Any, folder: Path, **options: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def mapped_weights(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Each weight of NAME.safetensors, or of the shards that NAME.safetensors.index.json lists, on the host.
+class Stored(NamedTuple):
+    """Where a weight lies, as the file's header says."""
 
-    Files are mapped: of a weight only what is looked at is read. InputError where there is none, or one is damaged.
+    file: Path
+    shape: tuple[int, ...]
+
+
+def stored_weights(folder: Path, name: str) -> dict[str, Stored]:
+    """The weights of NAME.safetensors, or of the shards that NAME.safetensors.index.json lists, from their headers alone.
+
+    InputError names a file that is missing, damaged or cut short, and a key that the index has in a file which lacks it.
     """
     index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
     try:
-        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values())) if index.is_file() else [single.name]
-        for file in files:
-            with safe_open(folder / file, framework="pt") as tensors:
+        listed = dict(json.loads(index.read_bytes())["weight_map"]) if index.is_file() else {}
+        files = sorted({folder / file for file in listed.values()}) if index.is_file() else [single]
+        if not files:
+            raise ValueError("its index lists no file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(folder, reason(error)) from error
+    found: dict[str, Stored] = {}
+    for file in files:
+        own = [key for key, where in listed.items() if folder / where == file]
+        if not file.is_file():
+            raise _unreadable(file, f"there is no such file; the index has {own[0]} in it" if own else "there is no such file")
+        here = _header(file)
+        lost = next((key for key in own if key not in here), None)
+        if lost is not None:
+            raise _unreadable(file, f"it lacks {lost}, which the index has in it: it is of another model or export")
+        found |= here
+    return found
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: Stored(file, tuple(tensors.get_slice(key).get_shape())) for key in tensors.keys()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _unreadable(file, _cut(file) or reason(error)) from error
+
+
+def _cut(file: Path) -> str | None:
+    """Of a file that ends too early: how much is missing, and the first weight that is not whole."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as raw:
+            length = int.from_bytes(raw.read(8), "little")
+            header = json.loads(raw.read(length)) if length < size else {}
+        ends = {key: 8 + length + one["data_offsets"][1] for key, one in header.items() if key != "__metadata__"}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    cut = [key for key in sorted(ends, key=lambda key: ends[key]) if ends[key] > size]
+    return f"it has {size:,} of its {max(ends.values()):,} bytes and ends in {cut[0]}" if cut else None
+
+
+def _unreadable(where: Path, why: str) -> InputError:
+    return InputError(f"{where}: the weights cannot be read ({why}); download, copy or export the folder again")
+
+
+def mapped_weights(folder: Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Each weight that `stored_weights` finds, on the host, file by file.
+
+    Files are mapped: of a weight only what is looked at is read, and what was read of a file is let go of with the last of its
+    weights. InputError, before the first, where a file is missing or damaged.
+    """
+    for file in sorted({one.file for one in stored_weights(folder, name).values()}):
+        try:
+            with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
                     yield key, tensors.get_tensor(key)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder}: the weights cannot be read ({reason(error)}); download, copy or export the folder again"
-        ) from error
+        except (OSError, SafetensorError) as error:  # it was whole a moment ago
+            raise _unreadable(file, reason(error)) from error
 
 
 def reason(error: Exception) -> str:

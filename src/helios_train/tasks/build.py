@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -24,8 +25,8 @@ from helios_train.errors import InputError
 from helios_train.kernels.dispatch import check_kernels
 from helios_train.memory.offload import Offload
 from helios_train.memory.parking import Parking
-from helios_train.memory.places import HOST, Places
-from helios_train.memory.quantized import FrozenLinear, quantize
+from helios_train.memory.places import DEVICE, HOST, Places
+from helios_train.memory.quantized import FrozenLinear, quantize, storing
 from helios_train.memory.stream import Streamed
 from helios_train.models import adapters, manifest
 from helios_train.models.adapters import NOTHING, Part
@@ -58,7 +59,10 @@ def device(config: Config) -> torch.device:
     wanted, there = config.trainer.accelerator, torch.cuda.is_available()
     if wanted == "gpu" and not there:
         raise InputError("trainer.accelerator=gpu: no GPU is seen here; use auto or cpu")
-    return torch.device("cuda" if there and wanted != "cpu" else "cpu")
+    if not there or wanted == "cpu":
+        return torch.device("cpu")
+    own = os.environ.get("LOCAL_RANK", "0") if config.trainer.devices > 1 else None  # of several processes this one's
+    return torch.device("cuda", int(own)) if own else torch.device("cuda")
 
 
 def codec(config: Config) -> Codec:
@@ -255,12 +259,19 @@ def stage(config: Config) -> Stage:
     """The stage of a run, from its first weights on."""
     if isinstance(config.stage, DistillStageKeys):
         return distill_stage(config)
-    begun = weights.start(config)
+    begun = _begun(config)
     if isinstance(config.stage, OdeStageKeys):
         _same_levels(config, begun)
     weights.adapt(config, begun.transformer)
     computes(config, begun.transformer, trains=True)
     return stage_of(config, begun.transformer)
+
+
+def _begun(config: Config, streams: bool = False) -> weights.Start:
+    """Where a run's weights come from: loaded to where they will stand, as `memory.bases` stores them where they stay frozen."""
+    bases = config.memory.bases
+    store = None if bases == "bf16" or weights.trains_fully(config) else storing(bases)
+    return weights.start(config, device="cpu" if streams else device(config), store=store)
 
 
 def stage_of(config: Config, transformer: HeliosTransformer) -> Stage:
@@ -299,7 +310,7 @@ def distill_stage(config: Config) -> DistillStage:
         # as the student learned them; to the teacher, which has one level, all are the same
         student.position(read_shape(Path(config.init)).get("positions", "own"))
     else:
-        begun = weights.start(config)
+        begun = _begun(config)
         _same_levels(config, begun)
         student, lineage = begun.transformer, NOTHING
     adapt_cast(config, student, scores)
@@ -335,6 +346,8 @@ def distill_of(
         if config.memory.checkpointing:
             backbone.checkpoint_blocks(config.memory.checkpoint_every)
     judging = heads(config, scores)
+    if judging:
+        Places(device(config)).put(judging, DEVICE)  # as all that trains, before masters are made of it
     if config.memory.park != "nothing":  # of the weights as they are stored now
         roles = replace(roles, present=_parking(config, roles, judging))
     if config.memory.stream:
@@ -434,7 +447,7 @@ def teacher(config: Config) -> HeliosTransformer:
             "stage.teacher=null: distribution matching takes a teacher; name the merged folder of the Base model that the "
             "student comes from"
         )
-    return weights.start(replace(config, init=config.stage.teacher)).transformer
+    return _begun(replace(config, init=config.stage.teacher), streams=config.memory.stream).transformer
 
 
 def teacher_sampler(config: Config) -> SamplerSettings:

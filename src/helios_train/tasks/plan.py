@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helios_train import rng
 from helios_train.conf import compose, rules
+from helios_train.conf.rules import AUTO
 from helios_train.conf.schema import Config, DistillStage, Memory, OdeStage
 from helios_train.conf.schema import Plan as PlanKeys
 from helios_train.data.batch import Window, WindowPair
@@ -36,23 +37,24 @@ from helios_train.memory.flops import FlopCounter
 from helios_train.memory.live import LiveCounter
 from helios_train.memory.parking import Parking
 from helios_train.memory.places import HOST, label, materialise, placing, tensors_of
-from helios_train.memory.plan import GIB, Costs, Plan, extended, extended_flops, moments, planned
-from helios_train.models import adapters
+from helios_train.memory.plan import CARDS, CONTEXT, FRAGMENTATION, GIB, Costs, Plan, extended, extended_flops, moments, planned
 from helios_train.models.adapters import NOTHING, Part
 from helios_train.models.codecs import SIDE
 from helios_train.models.loading import fill_buffers
-from helios_train.models.precision import DTYPES, cast
+from helios_train.models.precision import DTYPES
 from helios_train.models.transformer import HeliosTransformer
 from helios_train.stages import distill
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, weights
+from helios_train.tasks import build, needs, weights
+from helios_train.tasks.needs import LINKS
 
 FEWEST = 2  # blocks that are traced, and two more
 BLOCK = 512  # bytes to which CUDA's allocator rounds
 PRESETS = ("plain", "single", "h100_80gb", "stream", "shared_48gb", "nf4_24gb", "nf4_16gb")  # memory= choices, fastest first
-LINKS = ("mid", "ode")  # of the lineage of a student on its teacher's base
 CHANNELS = 16
 BETWEEN = "between"  # what is computed outside of every moment: gradients taken at once
+CARD = CARDS["80 GB"]  # that memory=auto is planned for where there is no GPU
+STD = 0.02  # of weights that are drawn only to be there
 FEW = 0.02  # share of a card that a base must take for a run to be planned before it starts
 
 
@@ -60,6 +62,10 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     """Prints the plan of `stage=`, and writes it where `plan.output` and `plan.picture` say."""
     keys = config.plan
     assert keys is not None
+    if config.memory.name == AUTO:
+        memory, why, _ = chosen(config, keys.card or card_of(config) or CARD)
+        config = replace(config, memory=memory)
+        print(why)
     plan = plan_of(config)
     print(f"stage {config.stage.name}, model {config.model.name}, memory {config.memory.name}, {_sizes(config)}")
     print(plan.text(), end="", flush=True)
@@ -128,13 +134,7 @@ def with_blocks(config: Config, blocks: int, heads: int) -> Config:
 
 def beside(config: Config) -> dict[str, Plan]:
     """The plans of the other `memory=` choices that go with this stage, fastest first."""
-    found = {}
-    for name in PRESETS:
-        keys = compose.plain(compose.compose_plain([f"memory={name}"]))["memory"]
-        other = replace(config, memory=Memory(**keys))
-        if name != config.memory.name and not any(True for _ in rules.memory_fits(other)):
-            found[name] = plan_of(other)
-    return found
+    return {name: plan_of(other) for name, other in presets(config).items() if name != config.memory.name}
 
 
 def table(plans: Mapping[str, Plan]) -> str:
@@ -146,14 +146,81 @@ def table(plans: Mapping[str, Plan]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def card_of(config: Config) -> float | None:
+    """GiB of the GPU that a run computes on; None on a CPU."""
+    where = build.device(config)
+    return torch.cuda.get_device_properties(where).total_memory / GIB if where.type == "cuda" else None
+
+
+def chosen(config: Config, capacity: float | None) -> tuple[Memory, str, Plan | None]:
+    """What `memory=auto` takes on a card of that many GiB, why, and its plan: the fastest choice that fits. None of a CPU.
+
+    Bases are as stage.bases says, of two `auto` means distinct: what is computed is no matter of the card. InputError where
+    nothing fits.
+    """
+    plain = presets(config)[PRESETS[0]]
+    if capacity is None:
+        return plain.memory, f"memory=auto: {plain.memory.name}, for a CPU has no memory of its own", None
+    if _few(config, capacity):
+        return plain.memory, f"memory=auto: {plain.memory.name}, for so small a model takes little of {capacity:.1f} GiB", None
+    passed = []
+    for name, other in presets(config).items():
+        least = _least(other)
+        if least > capacity:
+            passed.append(f"{name} takes more than {least:.1f} GiB")
+            continue
+        plan = plan_of(other)
+        if plan.reserved <= capacity:
+            why = "".join(f"; {one}" for one in passed)
+            return other.memory, f"memory=auto: {name} takes {plan.reserved:.1f} of the card's {capacity:.1f} GiB{why}", plan
+        passed.append(f"{name} takes {plan.reserved:.1f} GiB")
+    raise InputError(
+        f"memory=auto: nothing fits a card of {capacity:.1f} GiB ({', '.join(passed)}); take smaller data.size or "
+        "data.micro_batch, stage.bases=shared in stage=distill, or a larger card"
+    )
+
+
+def presets(config: Config) -> dict[str, Config]:
+    """The config under each `memory=` choice that goes with it, fastest first."""
+    found = {}
+    if isinstance(config.stage, DistillStage) and config.stage.bases == "auto" and config.memory.name == AUTO:
+        config = replace(config, stage=replace(config.stage, bases="distinct"))
+    for name in PRESETS:
+        keys = compose.plain(compose.compose_plain([f"memory={name}"]))["memory"]
+        other = replace(config, memory=Memory(**keys), plan=config.plan or _defaults())
+        if not any(True for _ in rules.memory_fits(other)):
+            found[name] = other
+    return found
+
+
+def smaller(config: Config) -> list[str]:
+    """The `memory=` choices after the config's own that go with it."""
+    names = list(presets(config))
+    return names[names.index(config.memory.name) + 1 :] if config.memory.name in names else names
+
+
+def _least(config: Config) -> float:
+    """GiB that weights, and what is remembered of them on the device, take of a card, and no step less."""
+    if config.memory.stream or config.memory.park != "nothing":
+        return 0.0
+    there, width = needs.counted(config), DTYPES[config.model.dtype].itemsize
+    own = 0 if config.memory.optimizer == "host" else 2 * needs.FP32 * (config.optimizer.name != "adamw8bit")
+    return (there.frozen + there.trained * (width + own)) / GIB * (1 + FRAGMENTATION) + CONTEXT
+
+
+def _few(config: Config, capacity: float) -> bool:
+    """Whether the weights are so few that tracing a step would be for nothing."""
+    with torch.device("meta"):
+        weighs = sum(weight.numel() for weight in HeliosTransformer(**weights.shape(config)).parameters())
+    return weighs * DTYPES[config.model.dtype].itemsize < FEW * capacity * GIB
+
+
 def must_fit(config: Config, capacity: float) -> Plan | None:
     """The plan of a run on a card of that many GiB; None where the weights are so few that tracing it would be for nothing.
 
     InputError where it does not fit, with the choices that do.
     """
-    with torch.device("meta"):
-        weighs = sum(weight.numel() for weight in HeliosTransformer(**weights.shape(config)).parameters())
-    if weighs * DTYPES[config.model.dtype].itemsize < FEW * capacity * GIB:
+    if _few(config, capacity):
         return None
     plan = plan_of(replace(config, plan=config.plan or _defaults()))
     if plan.reserved <= capacity:
@@ -304,16 +371,19 @@ class _MostGraphs(Rollout):
         return (counts[0] - 1, *(0 for _ in counts[1:]))
 
 
-def stage_with_weights(config: Config) -> Stage:
-    """The stage that is planned, with small random weights, the same each time: for running what a plan describes."""
-    return _stage(config, fake=False)
+def stage_with_weights(config: Config, device: torch.device | str = "cpu") -> Stage:
+    """The stage that is planned, with small random weights on `device`: for running what a plan describes.
+
+    On a CPU they are the same each time; a GPU draws its own, in the dtype they are kept in.
+    """
+    return _stage(config, fake=False, device=device)
 
 
-def _stage(config: Config, fake: bool = True) -> Stage:
+def _stage(config: Config, fake: bool = True, device: torch.device | str = "cpu") -> Stage:
     """The stage of a run in its worst case: of distill, after the adversary's start, with the rollout that keeps most graphs."""
     if not isinstance(config.stage, DistillStage):
-        return bare_stage(config, fake)
-    stage = bare_stage(replace(config, stage=replace(config.stage, gan=replace(config.stage.gan, start=0))), fake)
+        return bare_stage(config, fake, device)
+    stage = bare_stage(replace(config, stage=replace(config.stage, gan=replace(config.stage.gan, start=0))), fake, device)
     assert isinstance(stage, distill.DistillStage)
     own = stage.recipe.student.rollout
     most = _MostGraphs(**{field.name: getattr(own, field.name) for field in fields(own)})
@@ -321,16 +391,16 @@ def _stage(config: Config, fake: bool = True) -> Stage:
     return stage
 
 
-def bare_stage(config: Config, fake: bool = True) -> Stage:
+def bare_stage(config: Config, fake: bool = True, device: torch.device | str = "cpu") -> Stage:
     """The stage of a run with no weights (inside a FakeTensorMode) or small random ones."""
     if not isinstance(config.stage, DistillStage):
-        transformer = materialise(partial(_adapted, config), fake, fill_buffers)
+        transformer = materialise(partial(_adapted, config), fake, fill_buffers, device)
         _fill(transformer, fake)
         assert isinstance(transformer, HeliosTransformer)
         build.computes(config, transformer, trains=True)
         return build.stage_of(config, transformer)
     shared = build.shares_base(config)
-    modules = materialise(partial(_cast, config, shared), fake, _fill_all)
+    modules = materialise(partial(_cast, config), fake, _fill_all, device)
     _fill(modules, fake)
     both = list(modules.children())
     student, scores = both[0], both[-1]
@@ -341,27 +411,22 @@ def bare_stage(config: Config, fake: bool = True) -> Stage:
 @torch.no_grad()
 def _fill(module: nn.Module, fake: bool) -> None:
     for number, weight in enumerate([] if fake else module.parameters()):
-        weight.copy_(0.02 * rng.normal(rng.generator(0, "weight", number), weight.shape))
+        if weight.is_cuda:
+            weight.normal_(0, STD, generator=torch.Generator(weight.device).manual_seed(number))
+        else:
+            weight.copy_(STD * rng.normal(rng.generator(0, "weight", number), weight.shape))
+    if not fake:
+        module.to(next(module.parameters()).device)  # buffers that were computed on the host
 
 
 def _adapted(config: Config) -> nn.Module:
-    transformer = HeliosTransformer(**weights.shape(config))
-    cast(transformer, DTYPES[config.model.dtype])
-    weights.adapt(replace(config, init=config.init or "somewhere"), transformer)
+    (transformer,) = needs.bare(replace(config, init=config.init or "somewhere"))
     return transformer
 
 
-def _cast(config: Config, shared: bool) -> nn.Module:
+def _cast(config: Config) -> nn.Module:
     """One transformer that plays all roles, with a lineage of two links, or two."""
-    found = [HeliosTransformer(**weights.shape(config)) for _ in range(1 if shared else 2)]
-    for transformer in found:
-        cast(transformer, DTYPES[config.model.dtype])
-    if shared:
-        for link in LINKS:
-            adapters.add_lora(found[0], link, replace(weights.lora(config), history_patches=False), config.seed)
-            found[0].requires_grad_(False)
-    build.adapt_cast(config, found[0], found[-1])
-    return nn.ModuleList(found)
+    return nn.ModuleList(needs.bare(config))
 
 
 def _fill_all(modules: nn.Module) -> None:

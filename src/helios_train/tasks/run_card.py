@@ -24,8 +24,11 @@ def counts(masters: Masters) -> dict[str, int]:
     return dict(groups)
 
 
-def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
-    """The page: what trains, on what, how, and where each number of the recipe comes from. `disk`: bytes of checkpoints kept."""
+def card(config: Config, stage: Stage, data: WindowModule, disk: int, memory: str) -> str:
+    """The page: what trains, on what, how, and where each number of the recipe comes from.
+
+    `disk`: bytes of checkpoints kept. `memory`: where bytes live, why, and what was planned.
+    """
     total = sum(parameter.numel() for parameter in stage.transformer.parameters())
     trained = counts(stage.masters)
     how = "every weight" if weights.trains_fully(config) else f"LoRA rank {config.stage.lora.rank} and what is named below"
@@ -48,6 +51,7 @@ def card(config: Config, stage: Stage, data: WindowModule, disk: int) -> str:
         f"global batch {batch} = micro batch {micro} x {devices} devices x {accumulated}",
         f"{config.trainer.max_steps} iterations = {batch * config.trainer.max_steps:,} windows",
         f"disk for checkpoints: {disk / 1e6:,.0f} MB",
+        memory,
         "",
         "recipe",
         *(line for key, source in config.recipe.sources.items() for line in _recipe_lines(config, key, source)),

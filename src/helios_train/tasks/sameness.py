@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from helios_train.conf.rules import AUTO
 from helios_train.errors import InputError
 from helios_train.run import compare_configs
 
@@ -17,13 +18,19 @@ FIXED_BY_FIRST_START = ("optimizer.total",)
 SHOWN = 5  # keys a message spells out
 
 
+def settled(saved: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Today's config with what memory=auto chose when the run began: going on, it does not choose again."""
+    auto = isinstance(raw.get("memory"), Mapping) and raw["memory"].get("name") == AUTO
+    return {**raw, "memory": saved["memory"]} if auto and saved.get("memory") else dict(raw)
+
+
 def changed(saved: Mapping[str, Any], raw: Mapping[str, Any], fixed: Sequence[str] = ()) -> list[str]:
     """Dotted keys in which a composed config differs from a saved one and may not, nor may the `fixed` ones.
 
     `init` is the same by whatever path.
     """
     allowed = tuple(key for key in (*CHANGEABLE, *FIXED_BY_FIRST_START) if key not in fixed)
-    return compare_configs(_placed(saved), _placed(raw), allowed)
+    return compare_configs(_placed(saved), _placed(settled(saved, raw)), allowed)
 
 
 def refuse(keys: Sequence[str], where: Path, record: str) -> None:

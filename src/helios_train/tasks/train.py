@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import warnings
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
@@ -20,11 +20,13 @@ from lightning.pytorch.strategies import Strategy
 from helios_train.callbacks import report
 from helios_train.callbacks.checkpoint import RunCheckpoint
 from helios_train.callbacks.ema import EmaCallback
+from helios_train.callbacks.memory import MemoryWatch, device_of
 from helios_train.callbacks.preempt import Preempt
 from helios_train.callbacks.save_loggers import SaveLoggers
 from helios_train.callbacks.throughput import Throughput
 from helios_train.callbacks.validation import HeldOut
 from helios_train.conf import compose
+from helios_train.conf.rules import AUTO
 from helios_train.conf.schema import Config
 from helios_train.data.module import WindowModule
 from helios_train.errors import InputError
@@ -33,7 +35,7 @@ from helios_train.models.ema import Ema
 from helios_train.run import RunFolder, default_folder, find_resumable, iteration_of, write
 from helios_train.stages.replicas import OneDevice, ReplicaStrategy
 from helios_train.stages.stage import Stage
-from helios_train.tasks import build, environment, handoff, plan, prepare, recipes, run_card, sameness, watching
+from helios_train.tasks import build, environment, handoff, needs, plan, prepare, recipes, run_card, sameness, watching
 
 PATIENCE = timedelta(hours=6)  # for which devices wait for the first one to sample a video
 RUN_DIR = "HELIOS_TRAIN_RUN_DIR"  # tells the processes of further devices which folder the first one chose
@@ -45,6 +47,9 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     folder, checkpoint, config = _folder(config, raw)
     try:
         _train(config, raw, folder, checkpoint)
+    except BaseException:
+        folder.discard_unbegun()
+        raise
     finally:
         folder.unlock()
 
@@ -54,28 +59,46 @@ def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: P
     if main:
         prepare.toy_shards(config)
     data = build.data(config)
-    where = build.device(config)
-    if main and where.type == "cuda":
-        needs = plan.must_fit(config, torch.cuda.get_device_properties(where).total_memory / 2**30)
-        print(needs.text() if needs else "", end="", flush=True)
-        if needs:
-            write(folder.plan, json.dumps(needs.record(), indent=1) + "\n")
+    config, why, planned = _fitted(config) if main else (config, "", None)
+    raw = {**raw, "memory": asdict(config.memory)}
+    there = needs.counted(config)
+    disk = needs.disk(config, there)
+    if main:
+        folder.check_free(disk)
+        needs.check_host(config, there, planned)
     stage = build.stage(config)
     ema = build.ema(config, stage)
     done = iteration_of(checkpoint) if checkpoint else 0
     if main:
-        _announce(config, folder, stage, data, done)
+        _announce(config, folder, run_card.card(config, stage, data, disk, why), done)
+        if planned:
+            write(folder.plan, json.dumps(planned.record(), indent=1) + "\n")
     logs = watching.loggers(config, raw, folder, done) if main else []
-    loop = trainer(config, folder, watchers(config, folder, stage, data, ema, done), logs)
+    watch = MemoryWatch(
+        config.trainer.log_every, device_of(build.device(config)), planned, plan.smaller(config) if main else (), folder.path
+    )
+    loop = trainer(config, folder, [watch, *watchers(config, folder, stage, data, ema, done)], logs)
     if main and not folder.config.is_file():  # now that all is well: the same command, put right, may use the folder
         folder.save_config(raw)
     if main:
         environment.note(folder, done)
     try:
-        loop.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with watch.explained():
+            loop.fit(stage, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     finally:  # also of a run that a signal or an error ends
         if main:
             report.write(folder.path)
+
+
+def _fitted(config: Config) -> tuple[Config, str, plan.Plan | None]:
+    """The config with its memory choice, what the run card says of that, and the plan of a run on a GPU, which must fit."""
+    card = plan.card_of(config)
+    if config.memory.name == AUTO:
+        memory, why, planned = plan.chosen(config, card)
+        return replace(config, memory=memory), "\n".join([why, *([planned.summary()] if planned else [])]), planned
+    planned = None if card is None else plan.must_fit(config, card)
+    unplanned = "not planned: " + ("on a CPU task=plan tells what a GPU would take" if card is None else "the model is small")
+    return config, f"memory {config.memory.name}: {planned.summary() if planned else unplanned}", planned
 
 
 def _local_rank() -> int:
@@ -131,20 +154,15 @@ def _to_resume(config: Config, raw: dict[str, Any]) -> RunFolder | None:
 
 
 def _kept(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    """The config of a resumed run: today's, with the schedule's length of the first start."""
+    """The config of a resumed run: today's, with the schedule's length and the memory choice of the first start."""
     try:
-        return {**raw, "optimizer": {**raw["optimizer"], "total": saved["optimizer"]["total"]}}
+        return {**sameness.settled(saved, raw), "optimizer": {**raw["optimizer"], "total": saved["optimizer"]["total"]}}
     except (KeyError, TypeError):  # the one part of a cut file that no comparison misses
         raise InputError("config.yaml of the run folder is damaged (it lacks optimizer.total); start a new run") from None
 
 
-def _announce(config: Config, folder: RunFolder, stage: Stage, data: WindowModule, done: int) -> None:
-    """Prints and keeps the run card; refuses a disk that cannot hold the checkpoints."""
-    weights = sum(master.numel() for master in stage.masters) * 4
-    copies = 4 if config.stage.ema.decay else 3  # weights, two moments, average
-    disk = (config.checkpoint.keep + 1) * copies * weights
-    folder.check_free(disk)
-    page = run_card.card(config, stage, data, disk)
+def _announce(config: Config, folder: RunFolder, page: str, done: int) -> None:
+    """Prints and keeps the run card."""
     if not done:
         write(folder.card, page)
     print(page, flush=True)

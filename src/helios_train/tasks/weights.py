@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from helios_train.conf.compose import saved, typed
 from helios_train.conf.schema import Config
 from helios_train.conf.schema import MidStage as MidStageKeys
 from helios_train.errors import InputError
+from helios_train.memory.host import must_hold
 from helios_train.models import adapters, checkpoint, manifest
-from helios_train.models.loading import load_transformer, random_transformer, read_shape
+from helios_train.models.loading import Store, fill_buffers, load_transformer, random_transformer, read_shape
 from helios_train.models.precision import DTYPES
 from helios_train.models.roles import CRITIC, STUDENT
 from helios_train.models.transformer import HeliosTransformer
@@ -56,16 +58,19 @@ class Start:
     encoders: Encoders | None = None  # what the weights learned from, where that is known
 
 
-def start(config: Config, weights: str = "auto") -> Start:
-    """The transformer of `init` (a folder, a run, a checkpoint), or a random one. Plain weights, nothing trains yet."""
+def start(config: Config, weights: str = "auto", device: torch.device | str = "cpu", store: Store | None = None) -> Start:
+    """The transformer of `init` (a folder, a run, a checkpoint), or a random one, on `device`. Nothing trains yet.
+
+    Plain weights, but that of a folder each layer is as `store` makes it: while it is loaded, or never as plain weights at all.
+    """
     dtype = DTYPES[config.model.dtype]
     if config.init is None:
-        return Start(random_transformer(shape(config), dtype, config.seed))
+        return Start(random_transformer(shape(config), dtype, config.seed).to(device))
     path = Path(config.init)
     if is_run(path):
         run = trained(path, weights)
-        settings = recipes.sampler(run.config)
-        return replace(run.start, transformer=unadapted(run), lineage=run.lineage(), sampler=settings, encoders=run.encoders)
+        settings, plain = recipes.sampler(run.config), unadapted(run).to(device)
+        return replace(run.start, transformer=plain, lineage=run.lineage(), sampler=settings, encoders=run.encoders)
     if not path.is_dir():
         raise InputError(
             f"init={path}: no such folder or checkpoint; give a merged folder, a run folder or checkpoints/<iteration>.ckpt"
@@ -74,7 +79,7 @@ def start(config: Config, weights: str = "auto") -> Start:
     if known and known.adapters and not (path / "transformer").is_dir():
         raise InputError(f"init={path}: holds adapters alone; merge their run with merge.adapter_only=false and start from that")
     _same_shape(config, path)
-    transformer = load_transformer(path, dtype)
+    transformer = load_transformer(path, dtype, device, store, partial(must_hold, what=f"init={path}: loading it"))
     if known is None:
         return Start(transformer, base=manifest.fingerprint(path))
     try:
@@ -207,9 +212,11 @@ def trained(path: Path, weights: str) -> Trained:
 
 
 def unadapted(run: Trained) -> HeliosTransformer:
-    """A plain transformer with the run's weights folded in."""
-    plain = random_transformer(manifest.shape_of(run.start.transformer), DTYPES[run.config.model.dtype], 0)
-    weights = run.folded()
+    """A plain transformer with the run's weights folded in; those of the run's own are used up."""
+    with torch.device("meta"):
+        plain = HeliosTransformer(**manifest.shape_of(run.start.transformer))
+    weights = dict(adapters.folding(run.start.transformer, run.values, taking=True))
     checkpoint.audit({name: tuple(value.shape) for name, value in plain.state_dict().items()}, weights, "the folded weights")
-    plain.load_state_dict(weights)
+    plain.load_state_dict(weights, assign=True)
+    fill_buffers(plain)
     return plain
