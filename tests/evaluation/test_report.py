@@ -185,7 +185,7 @@ def test_text_of_others_is_text(folder: Path) -> None:
         ("plan.json", b'{"timeline": [["a", "b"], 3, ["x", NaN, 1]], "by_group": [1], "fits": 5, "peak_gib": "much"}', ""),
         ("environment.json", None, "environment.json is not there"),
         ("environment.json", b"[3, null]", ""),
-        ("alarms.jsonl", b'{"iteration": 1, "alarm": "x", "state": "on"}\nnot json\n[1]\n{"alarm": 3}\n', "3 damaged or cut lines"),
+        ("alarms.jsonl", b'{"iteration": 1, "alarm": "", "state": "on"}\nnot json\n[1]\n{"alarm": 3}\n', "3 damaged or cut"),
         ("videos", None, ""),
     ],
 )  # fmt: skip
