@@ -1,8 +1,8 @@
 """How much memory does task=evaluate take on 240 videos of 81 to 1440 frames, and does length matter?
 
 Most videos are strips of 16 x 640 pixels, which fill the width that metrics look at and are quick; some are 384 x 640. Networks
-are stand-ins. Peaks are VmHWM: of the process that scores, and of the largest of its decoding processes; they are added as if they
-coincided.
+are stand-ins. Peaks are VmHWM: of the process that scores, and of the largest of its decoding processes; they are added as if
+they coincided.
 """
 
 from __future__ import annotations

@@ -96,3 +96,12 @@ def test_the_alarms_limits_are_those_that_healthy_videos_were_held_against() -> 
     assert result["limits"] == {name: getattr(alarms, name) for name in RULES}
     assert result["videos_that_raise_an_alarm"] == 0 and max(result["share_of_the_limit"].values()) <= 0.5
     assert {"base", "mid", "few_steps", "real"} < result["worst"].keys()
+
+
+def test_the_committed_evaluation_stays_in_memory() -> None:
+    """240 videos of all lengths, some of them at full size, under 2 GiB with the decoder."""
+    result = json.loads((SCRIPTS / "results" / "evaluate_memory.json").read_text())
+    assert result["videos"] == sum(row["videos"] for row in result["mix"]) == 240 and result["machine"]
+    assert {"size": [384, 640], "frames": 1440, "videos": 1} in result["mix"]
+    assert all(entry["videos"] == 240 for entry in result["metrics"].values()) and "motion_amplitude" in result["metrics"]
+    assert result["peak_GiB"]["sum"] < 2
