@@ -148,7 +148,7 @@ def test_what_is_kept_does_not_hold_the_frames() -> None:
         meter.add(video)
     arrays = [value for value in vars(meter).values() if isinstance(value, np.ndarray)]
     assert [value.shape for value in arrays] == [(*SIZE, 3)] * 2 and all(value.base is None for value in arrays)
-    assert all(isinstance(value, float) for row in meter._rows for value in row)
+    assert len(meter._rows) == 30 * 9 and meter._rows.itemsize == 8
 
 
 def test_latents() -> None:
@@ -213,5 +213,8 @@ def test_what_is_no_video_is_refused() -> None:
         meter.add(good[:, :4])
     with pytest.raises(InputError, match="latents \\[2, 3\\]"):
         meter.add_latents(torch.zeros(2, 3))
+    meter.add_latents(torch.zeros(16, 9, 2, 2))
+    with pytest.raises(InputError, match="latents \\[8, 9, 2, 2\\].* of 16 channels"):
+        meter.add_latents(torch.zeros(8, 9, 2, 2))
     with pytest.raises(InputError, match="at least 2"):
         DriftMeter(1)

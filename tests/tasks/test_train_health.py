@@ -183,7 +183,7 @@ def test_the_switch(tiny_run: Callable[..., None], tmp_path: Path, poison: Calla
                                          for name in row)  # fmt: skip
 
 
-HEALTHY = ("experiment=toy_base", "trainer.max_steps=300", "watch.sample_every=100", "watch.every=0", "trainer.progress=false")
+HEALTHY = ("experiment=toy_base", "trainer.max_steps=150", "watch.sample_every=50", "watch.every=0", "trainer.progress=false")
 
 
 @pytest.mark.slow
@@ -194,4 +194,4 @@ def test_a_healthy_toy_run_raises_no_alarm(tmp_path: Path, seed: int) -> None:
     run_task(compose.typed(raw), raw)
     assert alarms(tmp_path / "run") == []
     looked = column(tmp_path / "run", "health/alarm/saturation")
-    assert [step for step, _ in looked] == [100, 200, 300]
+    assert [step for step, _ in looked] == [100, 150]

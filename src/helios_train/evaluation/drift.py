@@ -1,6 +1,6 @@
 """Drift without networks: does a video, section by section, change its colours, blur, freeze, jump at borders or go blank?
 
-Figures of pixels are shares of the full range, 0 to 1. Frames are looked at as they come and not kept: of each, a row of ten
+Figures of pixels are shares of the full range, 0 to 1. Frames are looked at as they come and not kept: of each, a row of nine
 numbers stays, and of the whole video the first and the newest frame.
 
 Axes: F frames, S sections, H W pixel rows and columns; C latent channels, T latent frames, h w latent rows and columns.
@@ -9,6 +9,7 @@ Axes: F frames, S sections, H W pixel rows and columns; C latent channels, T lat
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +71,11 @@ class DriftMeter:
         if section < 2:
             raise InputError(f"sections of {section} frames: drift is measured in sections of at least 2")
         self.section = section
-        self._rows: list[tuple[float, ...]] = []
+        self._rows = array("d")  # one piece of memory: small objects between large ones that go keep the heap from shrinking
         self._first: NDArray[np.uint8] | None = None
         self._newest: NDArray[np.uint8] | None = None
-        self._latents: list[tuple[NDArray[np.float64], float, float]] = []  # channel means, variance, share not finite
+        self._latents = array("d")  # of each section: variance, share that is not finite, channel means
+        self._channels = 0
 
     def add(self, frames: Tensor | NDArray[np.uint8]) -> None:
         """The next uint8 frames [F, H, W, 3], any number. InputError for others, and for another size than before."""
@@ -82,20 +84,24 @@ class DriftMeter:
             raise InputError(f"frames {pixels.dtype}{list(pixels.shape)}: drift is measured on uint8 [F, H, W, 3], 2x2 or more")
         for frame in pixels:
             if self._first is None or self._newest is None:
-                self._first = self._newest = frame.copy()
+                self._first, self._newest = frame.copy(), frame.copy()
             if frame.shape != self._first.shape:
                 raise InputError(f"a frame of {frame.shape[:2]} in a video of {self._first.shape[:2]} pixels")
-            self._rows.append((*_look(frame), 1 - _apart(frame, self._first), _apart(frame, self._newest)))
-            self._newest = frame.copy()
+            self._rows.extend((*_look(frame), 1 - _apart(frame, self._first), _apart(frame, self._newest)))
+            np.copyto(self._newest, frame)
 
     def add_latents(self, latents: Tensor) -> None:
-        """The next sections' latents, [S, C, T, h, w] or of one section [C, T, h, w]. InputError for another number of axes."""
-        if latents.dim() not in (4, 5) or not latents.numel():
-            raise InputError(f"latents {list(latents.shape)}: drift is measured on [S, C, T, h, w] or [C, T, h, w]")
-        for section in latents.detach().view(-1, *latents.shape[-4:]):
-            values = section.to("cpu", torch.float64).flatten(1)
-            broken = 1 - float(values.isfinite().double().mean())
-            self._latents.append((values.mean(dim=1).numpy(), float(values.var(correction=0)), broken))
+        """The next sections' latents, [S, C, T, h, w] or of one section [C, T, h, w]. InputError for others."""
+        channels = latents.shape[-4] if latents.dim() in (4, 5) and latents.numel() else 0
+        if not channels or self._channels not in (0, channels):
+            kept = f" of {self._channels} channels" if self._channels else ""
+            raise InputError(f"latents {list(latents.shape)}: drift is measured on [S, C, T, h, w] or [C, T, h, w]{kept}")
+        self._channels = channels
+        for section in latents.detach().view(-1, *latents.shape[-4:]).to("cpu", torch.float32).numpy():
+            broken = 1 - float(np.isfinite(section).mean())
+            with np.errstate(invalid="ignore"):  # a broken section has no mean; its share is told
+                means = section.mean(axis=(1, 2, 3), dtype=np.float64).tolist()
+                self._latents.extend((float(section.var(dtype=np.float64)), broken, *means))
 
     def result(self) -> Drift:
         """Of all that was added, for each measure `m` (those of a frame, and latent_mean, latent_variance):
@@ -111,7 +117,7 @@ class DriftMeter:
         """
         if not self._rows:
             raise InputError("a video without frames has no drift")
-        rows = np.array(self._rows)
+        rows = np.array(self._rows).reshape(-1, len(MEASURES) + 1)
         frame = np.arange(len(rows))
         border = frame % self.section == 0
         inside = np.where(border, np.nan, rows[:, -1])
@@ -141,9 +147,10 @@ class DriftMeter:
         """Figures of the latents, if there were any; adds their sections."""
         if not self._latents:
             return {}
-        channels = np.array([means for means, _, _ in self._latents])  # [S, C]
+        rows = np.array(self._latents).reshape(-1, 2 + self._channels)
+        channels = rows[:, 2:]
         shift = np.sqrt(np.square(channels - channels[0]).mean(axis=1))
-        series = {"latent_mean": channels.mean(axis=1), "latent_variance": np.array([var for _, var, _ in self._latents])}
+        series = {"latent_mean": channels.mean(axis=1), "latent_variance": rows[:, 0]}
         figures: dict[str, float] = {}
         for name in OF_LATENTS:
             values = series[name]
@@ -151,7 +158,7 @@ class DriftMeter:
             sections[name] = values.tolist()
         sections["latent_shift"] = shift.tolist()
         figures["drift/latent_shift"] = float(shift[-1])
-        figures["drift/latent_nonfinite"] = float(np.mean([broken for _, _, broken in self._latents]))
+        figures["drift/latent_nonfinite"] = float(rows[:, 1].mean())
         return figures
 
 
