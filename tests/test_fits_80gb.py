@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from helios_train.memory.plan import Plan
+
 
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -37,6 +39,7 @@ def test_it_runs_what_is_planned(fits: ModuleType, tmp_path: Path, monkeypatch: 
 def test_another_peak_is_no_agreement(fits: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"peak_gib": 99.0, "host_gib": 1.0, "seconds": {}, "finite": True, "skipped": 0}
     monkeypatch.setattr(fits, "measured", lambda *_: given)
+    monkeypatch.setattr(fits.plan, "plan_of", lambda _: Plan(90.0, "teacher", {}, 54.0, {}, [], {}, 1.0))
     monkeypatch.setattr(sys, "argv", ["fits_80gb.py", "--model", "tiny", f"--output={tmp_path}/found.json"])
     with pytest.raises(SystemExit) as left:
         fits.main()

@@ -278,7 +278,7 @@ BAD = {
     ("evaluate.prompts=no_such.csv",): "no_such.csv: is no list of prompts",
     ("evaluate.aesthetic.head=no_such.pth",): "no_such.pth: no linear head",
     ("evaluate.videos=no_such_folder",): "no such folder of videos",
-    ("evaluate.videos=null",): "name a folder of videos",
+    ("evaluate.videos=null",): "task=evaluate needs evaluate.videos=",
 }
 
 

@@ -40,11 +40,12 @@ def device_of(where: torch.device) -> Device | None:
 class MemoryWatch(L.Callback):
     """Logs `memory/peak_gib`, measured so far, beside `memory/planned_gib` every `every` iterations, and explains running out.
 
-    Without a device it logs nothing; without a plan the measured peak alone. `others`: `memory=` choices that take less.
+    Without a device it logs nothing; without a plan the measured peak alone. `others` gives the `memory=` choices that
+    take less, when they are asked for.
     """
 
-    def __init__(self, every: int, device: Device | None, plan: Plan | None, others: Sequence[str], folder: Path):
-        self.every, self.device, self.plan, self.others, self.folder = every, device, plan, list(others), folder
+    def __init__(self, every: int, device: Device | None, plan: Plan | None, others: Callable[[], Sequence[str]], folder: Path):
+        self.every, self.device, self.plan, self.others, self.folder = every, device, plan, others, folder
         self.iteration = 0
         self._snapshot: Path | None = None
 
@@ -85,7 +86,8 @@ class MemoryWatch(L.Callback):
         peak = f"measured peak {self.device.peak() / GIB:.1f} GiB" if self.device else ""
         plan = f"planned {self.plan.peak:.1f} GiB, in {self.plan.moment}" if self.plan else "there was no plan"
         known = "; ".join(part for part in (peak, plan) if part)
-        less = f"memory={' or '.join(self.others)} take less; " if self.others else ""
+        others = list(self.others())
+        less = f"memory={' or '.join(others)} take less; " if others else ""
         seen = f"; {self._snapshot} shows what was allocated (pytorch.org/memory_viz)" if self._snapshot else ""
         reason = str(error).partition("\n")[0]
         return (

@@ -124,8 +124,6 @@ def _sample(sample: Sample) -> Iterator[str]:
 def _evaluate(evaluate: Evaluate, config: Config) -> Iterator[str]:
     sources = {"evaluate.videos": evaluate.videos, "init": config.init, "evaluate.compare": evaluate.compare or None}
     given = [key for key, value in sources.items() if value is not None]
-    if not given:
-        yield "task=evaluate: name a folder of videos (evaluate.videos), weights to sample from (init), or folders to compare"
     if len(given) > 1:
         yield f"{' and '.join(given)}: one command evaluates one thing; give one"
     if evaluate.metrics == ():

@@ -72,7 +72,7 @@ class _Product(torch.autograd.Function):
 
 
 def _nf4(weight: Tensor) -> dict[str, Tensor]:
-    code = _code().to(weight.device)
+    code = _code(weight.device)
     ops = torch.ops.bitsandbytes
     parts = [ops.quantize_4bit(part, BLOCK, "nf4", torch.uint8) for part in _parts(weight.contiguous())]
     packed, scale = (torch.cat(one) if len(one) > 1 else one[0] for one in zip(*parts, strict=True))
@@ -88,18 +88,18 @@ def _parts(weight: Tensor) -> Sequence[Tensor]:
 
 
 @cache
-def _code() -> Tensor:
-    """The 256 values that scales are rounded to; real also while a plan is traced."""
+def _code(device: torch.device) -> Tensor:
+    """The 256 values that scales are rounded to, one tensor for all layers; real also while a plan is traced."""
     from bitsandbytes.functional import create_dynamic_map  # here: it probes for CUDA when imported
 
     with _disable_current_modes():
-        return create_dynamic_map()
+        return create_dynamic_map().to(device)
 
 
 def _int8(weight: Tensor) -> dict[str, Tensor]:
     largest = torch.maximum(weight.amax(dim=1, keepdim=True), -weight.amin(dim=1, keepdim=True))
     scale = largest.float().clamp_min(torch.finfo(torch.float32).tiny) / LEVELS
-    return {"packed": weight.float().div_(scale).round_().to(torch.int8), "scale": scale}
+    return {"packed": (weight.float() / scale).round_().to(torch.int8), "scale": scale}
 
 
 def storing(kind: Kind) -> Callable[[str, nn.Module], nn.Module]:

@@ -43,6 +43,8 @@ def run(config: Config, raw: dict[str, Any]) -> None:
     """Scores `evaluate.videos`, or samples from `init` and scores that, or compares `evaluate.compare`."""
     wanted = config.evaluate
     assert wanted is not None
+    if not wanted.compare and wanted.videos is None and config.init is None:
+        raise InputError("task=evaluate needs evaluate.videos=<folder of mp4>, or init=<weights to sample from>")
     output = Path(wanted.output)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ class Evaluation:
         with Progress("evaluating", len(mine), "videos") as progress, Decoder(self.keys.timeout) as decoder:
             for video in mine:
                 record = self.records.of(video)
-                if missing := [each for each in self.measures if record.score(each.name, self._key(each, video)) is None]:
+                if missing := [each for each in self.measures]:
                     found = score_video(video, record.digest, missing, decoder, self.keys.length)
                     for measure in missing:
                         record.scores.pop(measure.name, None)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +158,10 @@ def chosen(config: Config, capacity: float | None) -> tuple[Memory, str, Plan | 
     Bases are as stage.bases says, of two `auto` means distinct: what is computed is no matter of the card. InputError where
     nothing fits.
     """
-    plain = presets(config)[PRESETS[0]]
     if capacity is None:
-        return plain.memory, f"memory=auto: {plain.memory.name}, for a CPU has no memory of its own", None
+        return _preset("plain"), "memory=auto: plain, for a CPU has no memory of its own", None
     if _few(config, capacity):
-        return plain.memory, f"memory=auto: {plain.memory.name}, for so small a model takes little of {capacity:.1f} GiB", None
+        return _preset("plain"), f"memory=auto: plain, for so small a model takes little of {capacity:.1f} GiB", None
     passed = []
     for name, other in presets(config).items():
         least = _least(other)
@@ -186,11 +185,15 @@ def presets(config: Config) -> dict[str, Config]:
     if isinstance(config.stage, DistillStage) and config.stage.bases == "auto" and config.memory.name == AUTO:
         config = replace(config, stage=replace(config.stage, bases="distinct"))
     for name in PRESETS:
-        keys = compose.plain(compose.compose_plain([f"memory={name}"]))["memory"]
-        other = replace(config, memory=Memory(**keys), plan=config.plan or _defaults())
+        other = replace(config, memory=_preset(name), plan=config.plan or _defaults())
         if not any(True for _ in rules.memory_fits(other)):
             found[name] = other
     return found
+
+
+@cache
+def _preset(name: str) -> Memory:
+    return Memory(**compose.plain(compose.compose_plain([f"memory={name}"]))["memory"])
 
 
 def smaller(config: Config) -> list[str]:
@@ -237,6 +240,7 @@ def must_fit(config: Config, capacity: float) -> Plan | None:
     )
 
 
+@cache
 def _defaults() -> PlanKeys:
     return PlanKeys(**compose.plain(compose.compose_plain(["task=plan"]))["plan"])
 

@@ -74,9 +74,8 @@ def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: P
         if planned:
             write(folder.plan, json.dumps(planned.record(), indent=1) + "\n")
     logs = watching.loggers(config, raw, folder, done) if main else []
-    watch = MemoryWatch(
-        config.trainer.log_every, device_of(build.device(config)), planned, plan.smaller(config) if main else (), folder.path
-    )
+    device = device_of(build.device(config))
+    watch = MemoryWatch(config.trainer.log_every, device, planned, partial(plan.smaller, config), folder.path)
     loop = trainer(config, folder, [watch, *watchers(config, folder, stage, data, ema, done)], logs)
     if main and not folder.config.is_file():  # now that all is well: the same command, put right, may use the folder
         folder.save_config(raw)
