@@ -98,7 +98,7 @@ class Evaluation:
         with Progress("evaluating", len(mine), "videos") as progress, Decoder(self.keys.timeout) as decoder:
             for video in mine:
                 record = self.records.of(video)
-                if missing := [each for each in self.measures]:
+                if missing := [each for each in self.measures if record.score(each.name, self._key(each, video)) is None]:
                     found = score_video(video, record.digest, missing, decoder, self.keys.length)
                     for measure in missing:
                         record.scores.pop(measure.name, None)
