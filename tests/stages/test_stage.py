@@ -123,7 +123,8 @@ def test_an_update_that_is_not_finite_is_skipped(
     assert seen.counted == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1)][:steps]
     for number in range(steps):
         assert same(seen.before[number], seen.after[number]) == (number == 2)
-    assert [float(row["skipped"]) for row in rows(tmp_path / "run")] == [0, 0, 1, 1, 1][:steps]
+    skipped = [row["skipped"] for row in rows(tmp_path / "run")]  # none in the rows of the alarm
+    assert [float(value) for value in skipped if value] == [0, 0, 1, 1, 1][:steps]
     content = torch.load(max((tmp_path / "run" / "checkpoints").iterdir()), weights_only=True)
     assert content["counters"] == {"skipped": [1]} and content["global_step"] == steps
     assert all(value.isfinite().all() for value in content["state_dict"].values())

@@ -88,6 +88,7 @@ class Health(L.Callback):
             self._look(pl_module, iteration, skipped or _broken_weights(pl_module), measured)
 
     def _look(self, stage: Stage, iteration: int, nan: Finding | None, measured: Mapping[str, Mapping[str, float]]) -> None:
+        before = any(self.log_file.on.values())
         findings: list[tuple[str, str, Finding | None]] = [(NAN, "", nan)]
         metrics: dict[str, float] = {}
         for video, figures in measured.items():
@@ -99,7 +100,10 @@ class Health(L.Callback):
             self.log_file.turn(iteration, alarm, video, finding)
             name = f"health/alarm/{alarm}"
             metrics[name] = max(metrics.get(name, 0.0), float(finding is not None))
-        stage.report(metrics)
+        if measured or before or any(metrics.values()):
+            stage.report(metrics)
+        else:  # all is well: nothing that a row of its own would tell
+            stage.log_dict(metrics, logger=False)
 
 
 def _whole(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
