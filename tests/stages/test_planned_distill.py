@@ -28,6 +28,7 @@ COMMON = ["stage=distill", "data.global_batch=2", "data.micro_batch=1", "stage.e
 TINY = [*COMMON, "model.head_dim=16", "model.rope_dim=[8,4,4]", "model.layers=1", "stage.lora.rank=4", "data.size=[64,64]"]
 TINY += ["stage.student.steps=[2,2]", "stage.gan.head_width=32"]
 FULL = [*COMMON, "model=14b", "codec=wan", "text=umt5", "data=folder", "data.root=/nowhere", "data.size=[384,640]"]
+FULL += ["memory=plain"]
 
 
 def window(config: Config, position: int) -> Window:

@@ -31,6 +31,8 @@ FULL = [
     "codec.weights=/nowhere",
     "init=/nowhere",
     "data.global_batch=2",
+    "memory=plain",
+    "memory.checkpointing=true",
 ]
 TINY = ["model.head_dim=16", "model.rope_dim=[8,4,4]", "init=/nowhere", "memory.checkpointing=true", "stage.lora.rank=4"]
 
