@@ -193,8 +193,8 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, tuple[str, ...]]] = {
     "another model": (lambda at: config(at, model_type="t5"), "holds a t5; text.weights names the folder of a UMT5", BOTH),
     "a wrong type": (lambda at: config(at, num_layers="two"), "config.json: is damaged|cannot be loaded", BOTH),
     "no config": (lambda at: (at / "text_encoder" / "config.json").unlink(), "config.json: cannot be read", BOTH),
-    "no weights": (lambda at: (at / "text_encoder" / "model.safetensors").unlink(), "text_encoder: .*copy", BOTH),
-    "cut short": (lambda at: shorten(at / "text_encoder" / "model.safetensors"), "text_encoder: .*copy", BOTH),
+    "no weights": (lambda at: (at / "text_encoder" / "model.safetensors").unlink(), "text_encoder.*copy", BOTH),
+    "cut short": (lambda at: shorten(at / "text_encoder" / "model.safetensors"), "text_encoder.*copy", BOTH),
     "a weight missing": (
         lambda at: weights(at, lambda held: held.pop("encoder.final_layer_norm.weight")),
         "weights of UMT5EncoderModel are missing or misshapen, encoder.final_layer_norm.weight",
