@@ -92,11 +92,11 @@ class Network(nn.Module):
         return self.layers(torch.cat([points, told], dim=-1))
 
 
-def few_step_points(student: nn.Module, count: int) -> Tensor:
-    """Points [count, 2] made as the sampler makes them."""
+def few_step_points(student: nn.Module, count: int, exits: tuple[int, ...] | None = None) -> Tensor:
+    """Points [count, 2] made as the sampler makes them, or left at a step, from 0, as in training."""
     noise = rng.normal(rng.generator(0, "held out"), (count // POINTS, *SHAPE))
     with torch.no_grad():
-        latents = ROLLOUT(lambda x, t: student(x, t, TEXT, NOTHING), RolloutDraw(noise, (), None), empty=True).output
+        latents = ROLLOUT(lambda x, t: student(x, t, TEXT, NOTHING), RolloutDraw(noise, (), exits), empty=True).output
     return latents.movedim(1, -1).reshape(-1, 2)
 
 

@@ -1,11 +1,14 @@
 """Does an adversary take a few-step student nearer to a known density than distribution matching alone?
 
-The plane of dmd_2d.py: the same density, networks, student and critic, rollouts left at a random step as published, the same
-draws. Both arms are one run up to the adversary's start, a third of the way; then one goes on alone, the other with heads on the
-critic's last hidden layer, one logit a point, and with the published weights. Points of the density are the real sections. Energy
-distances of the student's running mean, made in its few steps, from points of the density.
+The plane of dmd_2d.py: the same density, networks, student and critic, the same draws. With rollouts left at a random step, as
+published, and with rollouts run to their last. The arms of each are one run up to the adversary's start, a third of the way; then
+one goes on alone, the others with heads on the critic's last hidden layer, one logit a point: with the published weights, and so
+that the heads' loss and the student's are as large as matching. Points of the density are the real sections. Energy distances of
+the student's running mean from points of the density: made in its few steps, and left at a step as training leaves it, which is
+the student that critic and heads are shown.
 
-Writes results/gan_2d.json. Usage: python benchmarks/gan_2d.py [--updates 1200] [--seeds 0 1 2]
+Writes results/gan_2d.json, seed by seed and arm by arm; what is there is not run again.
+Usage: python benchmarks/gan_2d.py [--updates 1200] [--seeds 0 1 2] [--arms "random exits, published" ...]
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from dmd_2d import BATCH, LOOKS, POINTS, RATIO, ROLLOUT, SHAPE, TOLD, Mixture, Network, few_step_points, fitted, rollouts
 from timing import machine
@@ -33,6 +35,10 @@ from helios_train.objectives.gan import Adversary, CriticJudged, StudentJudged
 RESULT = Path(__file__).parent / "results" / "gan_2d.json"
 RATE = 1e-3
 MEASURED = 9_600  # points of each set
+ALONE = "matching"
+WEIGHTS = {ALONE: None, "published": Adversary(), "as large as matching": Adversary(student=1.0, critic=1.0, r1=1.0)}
+EXITS = {"random exits": True, "last exits": False}
+ARMS = {f"{where}, {what}": (early, adversary) for where, early in EXITS.items() for what, adversary in WEIGHTS.items()}
 
 
 class Judge(nn.Module):
@@ -59,7 +65,9 @@ def judged(adversary: Adversary, seed: int, turn: int) -> tuple[StudentJudged | 
     )
 
 
-def distil(mixture: Mixture, network: Network, updates: int, seed: int, adversary: Adversary | None) -> tuple[Network, list[Any]]:
+def distil(
+    mixture: Mixture, network: Network, updates: int, seed: int, early: bool, adversary: Adversary | None
+) -> tuple[Network, list[Any]]:
     """The student's running mean, and [turn, margin, r1] of the heads on the way."""
     student, critic, mean = copy.deepcopy(network), copy.deepcopy(network), copy.deepcopy(network)
     with rng.forked(seed, "judge"):
@@ -76,7 +84,7 @@ def distil(mixture: Mixture, network: Network, updates: int, seed: int, adversar
         if turn % RATIO == 0:
             look = LOOKS.draw(seed, "student renoise", turn, range(BATCH), SHAPE)
             optimizers[0].zero_grad()
-            objective(cast, TOLD, StudentDraw(rollouts(seed, "student", turn, True), look, judged=shown)).total.backward()
+            objective(cast, TOLD, StudentDraw(rollouts(seed, "student", turn, early), look, judged=shown)).total.backward()
             optimizers[0].step()
             done = turn // RATIO + 1
             with torch.no_grad():
@@ -84,7 +92,7 @@ def distil(mixture: Mixture, network: Network, updates: int, seed: int, adversar
                     kept.lerp_(new, 1 - min(0.99, (1 + done) / (10 + done)))
         look = LOOKS.draw(seed, "critic renoise", turn, range(BATCH), SHAPE)
         real = mixture.draw(rng.generator(seed, "real", turn), BATCH * POINTS).view(BATCH, 1, 8, 8, 2).movedim(-1, 1)
-        draw, told = CriticDraw(rollouts(seed, "critic", turn, True), look, learned), replace(TOLD, real=real)
+        draw, told = CriticDraw(rollouts(seed, "critic", turn, early), look, learned), replace(TOLD, real=real)
         optimizers[1].zero_grad()
         section = learns.made(student, told, draw)
         learns.denoising(critic, told, section, draw).total.backward()
@@ -97,27 +105,43 @@ def distil(mixture: Mixture, network: Network, updates: int, seed: int, adversar
     return mean, way
 
 
+def measure(student: Network, early: bool, reference: Tensor) -> dict[str, float]:
+    """Energy distances: of the few steps, and of what critic and heads are shown."""
+    found = {"energy_distance": energy_between(few_step_points(student, MEASURED), reference)}
+    if early:
+        left = [few_step_points(student, MEASURED, (step,)) for step in range(ROLLOUT.counts(True)[0])]
+        found |= {f"left at step {number}": energy_between(points, reference) for number, points in enumerate(left)}
+        shown = torch.cat([points[number :: len(left)] for number, points in enumerate(left)])
+        found["as shown"] = energy_between(shown, reference)
+    return found
+
+
 def main() -> None:
-    """Both arms, seed by seed."""
+    """All arms, seed by seed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=1200, help="of the student")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     given, mixture = parser.parse_args(), Mixture()
-    result: dict[str, Any] = {"updates": given.updates, "points": MEASURED, "machine": machine(torch.device("cpu")), "seeds": {}}
+    settings = {"updates": given.updates, "points": MEASURED, "machine": machine(torch.device("cpu"))}
+    known: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    seeds: dict[str, Any] = known.get("seeds", {}) if known.get("updates") == given.updates else {}
     reference = mixture.draw(rng.generator(0, "points"), MEASURED)
-    arms = {"matching": None, "with adversary": Adversary(start=given.updates * RATIO // 3)}
     for seed in given.seeds:
-        begin, found = time.perf_counter(), {}
-        network = fitted(mixture, 2000, seed)
-        for name, adversary in arms.items():
-            student, way = distil(mixture, network, given.updates, seed, adversary)
-            found[name] = {"energy_distance": energy_between(few_step_points(student, MEASURED), reference), "heads": way}
-        one, other = (found[name]["energy_distance"] for name in arms)
-        found["falls_by"] = 1 - other / one
-        result["seeds"][seed] = found | {"seconds": round(time.perf_counter() - begin)}
-        print(seed, {name: found[name]["energy_distance"] for name in arms}, found["falls_by"], flush=True)
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    print("mean", np.mean([found["falls_by"] for found in result["seeds"].values()]))
+        found, network = seeds.setdefault(str(seed), {}), fitted(mixture, 2000, seed)
+        for name in given.arms:
+            if name in found:
+                continue
+            (early, adversary), begin = ARMS[name], time.perf_counter()
+            if adversary:
+                adversary = replace(adversary, start=given.updates * RATIO // 3)
+            student, way = distil(mixture, network, given.updates, seed, early, adversary)
+            found[name] = {**measure(student, early, reference), "heads": way, "seconds": round(time.perf_counter() - begin)}
+            alone = found.get(f"{name.partition(',')[0]}, {ALONE}")
+            if alone:
+                found[name]["falls_by"] = 1 - found[name]["energy_distance"] / alone["energy_distance"]
+            print(seed, name, {key: value for key, value in found[name].items() if key != "heads"}, flush=True)
+            RESULT.write_text(json.dumps(settings | {"seeds": seeds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -299,6 +299,20 @@ def test_gradients_are_left_alone(kernels: str, device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelus_gradient_takes_its_place(kernels: str, device: str, dtype: torch.dtype) -> None:
+    """To the bit that of the op, in the memory of the gradient it was given; x as a slice of wider rows too."""
+    wide = torch.linspace(-4, 4, 5 * 300, dtype=torch.float64).view(5, 300).to(dtype).to(device)
+    for x in (wide, wide[:, 7:203]):
+        dy = torch.cos(3 * x.double()).to(dtype).contiguous()
+        leaf = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(gelu.gelu_tanh(leaf, kernels), leaf, dy)
+        before = x.clone()
+        found = gelu.gelu_tanh_backward_(dy, x, kernels)
+        assert torch.equal(found, expected) and torch.equal(x, before)
+        assert found.data_ptr() == dy.data_ptr() and torch.equal(dy, expected)
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_saves_inputs_and_statistics_alone(name: str, kernels: str, device: str) -> None:
     """What backward keeps is an input, the new residual, or at most RoPE's table in size: no product of the way."""

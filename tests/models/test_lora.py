@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helios_train.memory.live import LiveCounter
 from helios_train.memory.places import DEVICE
 from helios_train.memory.quantized import quantize
-from helios_train.models.lora import Adapted, gathered, now, through
+from helios_train.models.lora import Adapted, by_input, by_weights, gathered, now
 
 
 def pair(scale: float = 2.0, adapters: int = 2) -> tuple[nn.Sequential, nn.Sequential]:
@@ -60,12 +60,12 @@ def test_by_hand_is_by_autograd() -> None:
     leaf = x.clone().requires_grad_()
     with gathered():
         expected = torch.autograd.grad(ours(leaf), [leaf, *weights], dy)
-    dx, found = through(ours[0], x, dy)
+    dx, found = by_input(ours[0], dy), by_weights(ours[0], x, dy)
     for one, other in zip([dx, *(found[id(weight)] for weight in weights)], expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     whole = nn.Linear(12, 20)
     expected = torch.autograd.grad(whole(leaf), [leaf, whole.weight, whole.bias], dy)
-    dx, found = through(whole, x, dy)
+    dx, found = by_input(whole, dy), by_weights(whole, x, dy)
     for one, other in zip([dx, found[id(whole.weight)], found[id(whole.bias)]], expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

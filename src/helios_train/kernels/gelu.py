@@ -74,6 +74,13 @@ def triton_backward(dy: Tensor, x: Tensor) -> Tensor:
     return dx
 
 
+@torch.library.custom_op("helios_train::gelu_tanh_backward_", mutates_args=("dy",))
+def triton_backward_(dy: Tensor, x: Tensor) -> None:
+    """dx in place of dy, which is contiguous: each element is read where it is written."""
+    x = dense_rows(x)
+    backward_kernel[_grid(x)](dy, x, dy, *dy.stride()[:2], *x.stride()[:2], *x.shape[1:], BLOCK, num_warps=WARPS)
+
+
 @triton_forward.register_fake
 def _(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -82,6 +89,11 @@ def _(x: Tensor) -> Tensor:
 @triton_backward.register_fake
 def _(dy: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@triton_backward_.register_fake
+def _(dy: Tensor, x: Tensor) -> None:
+    return None
 
 
 class _GeluTanh(torch.autograd.Function):
@@ -104,3 +116,11 @@ def gelu_tanh(x: Tensor, kernels: str = "auto") -> Tensor:
         return F.gelu(x, approximate="tanh")
     x_BLD = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     return _GeluTanh.apply(x_BLD).view(x.shape)  # type: ignore[no-any-return]
+
+
+def gelu_tanh_backward_(dy: Tensor, x: Tensor, kernels: str = "auto") -> Tensor:
+    """The gradient by x [L, D] of `gelu_tanh`, in place of dy, which is contiguous and shaped like it."""
+    if choose(kernels, x) != "triton":
+        return torch.ops.aten.gelu_backward.grad_input(dy, x, approximate="tanh", grad_input=dy)  # type: ignore[no-any-return]
+    triton_backward_(dy[None], x[None])
+    return dy

@@ -14,14 +14,15 @@ import torch
 from diffusers.models.transformers.transformer_helios import HeliosTransformerBlock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 
 from helios_train.kernels.gated_residual import gated_residual, gated_residual_layer_norm, gated_residual_modulated_norm
-from helios_train.kernels.gelu import gelu_tanh
+from helios_train.kernels.gelu import gelu_tanh, gelu_tanh_backward_
 from helios_train.kernels.layer_norm import layer_norm
 from helios_train.kernels.modulated_norm import modulated_norm
-from helios_train.models.lora import gathered, now, through
+from helios_train.models.lora import by_input, by_weights, gathered, now
 
-ROWS = 4096  # tokens in a piece of the feed-forward: whole waves of a GPU's matrix products
+ROWS = 2048  # tokens in a piece of the feed-forward: whole waves of a GPU's matrix products
 
 
 class _Kept(torch.autograd.Function):
@@ -61,24 +62,25 @@ class _FeedForwardAgain(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """By x and by the weights."""
+        """By x, in place of what the checkpoint made again, and by the weights. Two hidden tensors of a piece are alive."""
         widen, narrow = ctx.block.ffn.net[0].proj, ctx.block.ffn.net[2]
         trained = [weight for weight in ctx.block.ffn.parameters() if weight.requires_grad]
-        (x,) = ctx.node.saved_tensors
-        dx, sums = torch.empty_like(x, memory_format=torch.contiguous_format), dict[int, Tensor]()
-        with ctx.again(), gathered():
-            for piece, d_out, d_in in zip(*(t.flatten(0, 1).split(ROWS) for t in (x, dy, dx)), strict=True):
+        x, sums = ctx.node.saved_tensors[0].contiguous(), dict[int, Tensor]()
+        with ctx.again(), gathered(), torch.no_grad():
+            for piece, d_out in zip(*(t.flatten(0, 1).split(ROWS) for t in (x, dy)), strict=True):
                 leaf = piece.detach().requires_grad_()
                 with torch.enable_grad():
-                    hidden = gelu_tanh(widen(leaf), ctx.kernels)
-                d_hidden, found = through(narrow, hidden.detach(), d_out)
+                    hidden = widen(leaf)
+                found = by_weights(narrow, gelu_tanh(hidden.detach(), ctx.kernels), d_out)
+                d_hidden = gelu_tanh_backward_(by_input(narrow, d_out), hidden.detach(), ctx.kernels)
+                hidden = get_gradient_edge(hidden)
                 here, *of_widen = torch.autograd.grad(hidden, [leaf, *trained], d_hidden, allow_unused=True)
-                d_in.copy_(here)
+                piece.copy_(here)
                 found |= {id(weight): g for weight, g in zip(trained, of_widen, strict=True) if g is not None}
                 for key, gradient in found.items():
                     sums[key] = sums[key].add_(gradient) if key in sums else gradient
                 del hidden, d_hidden, here, of_widen, found
-        return dx, None, None, None, None, *(sums.get(id(weight)) for weight in trained)
+        return x, None, None, None, None, *(sums.get(id(weight)) for weight in trained)
 
 
 class Block(HeliosTransformerBlock):

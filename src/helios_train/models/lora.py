@@ -79,26 +79,34 @@ class Adapted(LoraLinear):  # type: ignore[misc]
         return [name for name in self.active_adapters if name in self.lora_A]
 
 
-def through(layer: nn.Module, rows: Tensor, dy: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """The gradients of a linear layer, adapters or not, that was given `rows` [L, in]: by them, and by its trainable weights.
+def _parts(layer: nn.Module) -> tuple[Any, list[tuple[Tensor, Tensor, float]]]:
+    """The frozen layer, and of each active adapter A, B and its scale."""
+    if not isinstance(layer, Adapted):
+        return layer, []
+    return layer.base_layer, [(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in layer._active()]
 
-    dy: [L, out]. The second by the weights' ids. The layer's output is not computed for it.
-    """
-    base: Any = layer.base_layer if isinstance(layer, Adapted) else layer
-    dx, found = dy @ base.weight, {}
+
+def by_input(layer: nn.Module, dy: Tensor) -> Tensor:
+    """The gradient of a linear layer, adapters or not, by its input [L, in], from dy [L, out]."""
+    base, adapters = _parts(layer)
+    dx = dy @ base.weight
+    for A, B, scale in adapters:
+        dx.addmm_((dy.to(B.dtype) @ B).to(dx.dtype), A.to(dx.dtype), alpha=scale)
+    return dx  # type: ignore[no-any-return]
+
+
+def by_weights(layer: nn.Module, rows: Tensor, dy: Tensor) -> dict[int, Tensor]:
+    """The gradients of a linear layer by its trainable weights, by their ids: it was given `rows` [L, in], got dy [L, out]."""
+    base, adapters = _parts(layer)
+    found = {}
     if isinstance(base, nn.Linear) and base._parameters.get("weight") is not None:
         if base.weight.requires_grad:
             found[id(base.weight)] = dy.t() @ rows
         if base.bias is not None and base.bias.requires_grad:
             found[id(base.bias)] = dy.sum(0)
-    if not isinstance(layer, Adapted):
-        return dx, found
-    for name in layer._active():
-        A, B, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-        inner = dy.to(B.dtype) @ B if scale == 1 else (dy.to(B.dtype) @ B).mul_(scale)
-        dx.addmm_(inner.to(dx.dtype), A.to(dx.dtype))
+    for A, B, scale in adapters:
         if A.requires_grad:
-            found[id(A)] = inner.t() @ rows.to(A.dtype)
+            found[id(A)] = (dy.to(B.dtype) @ B).mul_(scale).t() @ rows.to(A.dtype)
         if B.requires_grad:
             found[id(B)] = scale * (dy.to(B.dtype).t() @ F.linear(rows.to(A.dtype), A))
-    return dx, found
+    return found

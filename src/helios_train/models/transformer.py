@@ -54,7 +54,12 @@ class _Samples:
     @property
     def tokens(self) -> Tensor:
         """All of them, [B, L, D]."""
-        return self._x[0] if len(self._x) == 1 else torch.cat(self._x)
+        return self.after(0)
+
+    def after(self, split: int) -> Tensor:
+        """Those of each sample from `split` on; cut first, so that in backward no sample's gradient keeps another's alive."""
+        rows = [row[:, split:] if split else row for row in self._x]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def run(self, block: Callable[..., Tensor], at_once: bool = False) -> None:
         """Through `block(x, text, modulation)`."""
@@ -193,10 +198,10 @@ class HeliosTransformer(HeliosTransformer3DModel):
             else:
                 samples.run(lambda *given, block=block: self._checkpointed(block, *given, table, split, self.kernels))
             if number in wanted:
-                features.append(samples.tokens[:, split:])
+                features.append(samples.after(split))
         if not to_the_end:
             return None, features
-        return self._unpatched(self._normed_out(samples.tokens[:, split:], time_BD), parts[-1].latents.shape), features
+        return self._unpatched(self._normed_out(samples.after(split), time_BD), parts[-1].latents.shape), features
 
     def _checkpointed(self, block: Block, x_BLD: Tensor, *given: Any) -> Tensor:
         """The block, of which its input alone is kept. It draws no random numbers, so none are preserved."""
