@@ -1,4 +1,4 @@
-"""README's table of what fits which GPU is what the planner found; one row is planned again."""
+"""README's tables of memory are what the benchmarks found; a row of what fits which GPU is planned again."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "what_fits.json"
 
 
+def written(table: str) -> str:
+    return (ROOT / "README.md").read_text().partition(f"<!-- {table} -->\n")[2].partition("<!-- end -->")[0].strip()
+
+
 @pytest.fixture
 def what_fits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -22,8 +26,17 @@ def what_fits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_readme_has_the_table(what_fits: ModuleType) -> None:
     known = json.loads(RESULT.read_text())
     assert list(known) == list(what_fits.ROWS)
-    written = (ROOT / "README.md").read_text().partition("<!-- what fits -->\n")[2].partition("<!-- end -->")[0]
-    assert written.strip() == what_fits.table(known).strip()
+    assert written("what fits") == what_fits.table(known).strip()
+
+
+def test_the_readme_has_the_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("memory_distance")
+    known = json.loads(module.RESULT.read_text())
+    rows = [f"{stage}, {name}" for stage, (_, choices) in module.STAGES.items() for name in choices]
+    assert known["iterations"] == 50 and [name for name in known if name != "iterations"] == rows
+    assert written("memory distance") == module.table(known).strip()
+    assert all(known[name]["bit for bit"] for name in rows if name.endswith(("h100_80gb", "stream", "graphs kept")))
 
 
 @pytest.mark.slow

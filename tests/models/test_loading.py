@@ -55,10 +55,16 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["bf16", "int8"])
-def test_beside_what_is_loaded_there_is_one_shard(tmp_path: Path, benchmark: ModuleType, kind: str) -> None:
-    """Resident memory of a process of its own, mapped files included: with it what a layer takes on its way."""
-    benchmark.write(tmp_path, 512, 6, "48MB")
+@pytest.mark.parametrize(
+    ("kind", "width", "shard"),
+    [("bf16", 512, "48MB"), ("int8", 512, "48MB"), pytest.param("nf4", 1024, "140MB", marks=pytest.mark.slow)],
+)
+def test_beside_what_is_loaded_there_is_one_shard(
+    tmp_path: Path, benchmark: ModuleType, kind: str, width: int, shard: str
+) -> None:
+    """Resident memory of a process of its own, mapped files included: with it what a layer takes on its way, of NF4 a few MB
+    whatever the shard."""
+    benchmark.write(tmp_path, width, 6, shard)
     found = benchmark.measured(tmp_path, kind)
     assert len(shards(tmp_path)) > 2 and found["kept"] > 30
     assert found["shards_above"] < 1.2
