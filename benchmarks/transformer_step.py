@@ -32,7 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from helios_train.history import ANCHOR_INDEX, LONG_INDICES, MID_INDICES, SECTION, SHORT_INDICES, TARGET_INDICES
 from helios_train.memory.flops import count_flops
 from helios_train.memory.live import LiveCounter
-from helios_train.memory.places import DEVICE, materialise
+from helios_train.memory.offload import Offload
+from helios_train.memory.places import DEVICE, Places, materialise
 from helios_train.models.adapters import Lora, add_lora
 from helios_train.models.loading import fill_buffers
 from helios_train.models.precision import cast
@@ -41,6 +42,7 @@ from helios_train.models.transformer import HeliosTransformer
 GIB = 2**30
 TFLOPS = {"H100": 989.4, "H200": 989.4}  # bf16, dense, of the data sheets; elsewhere what a large product reaches here
 TEXT_ROWS = 512
+CPU_DEVICE = torch.device("cpu")
 
 
 class Size(NamedTuple):
@@ -56,6 +58,7 @@ class Variant(NamedTuple):
     kind: type[HeliosTransformer3DModel]
     kernels: str
     compiled: bool
+    offloaded: bool = False  # the inputs of its blocks wait for the backward on the host
 
 
 SMALL = {"num_attention_heads": 8, "num_layers": 8, "ffn_dim": 4096, "text_dim": 1024}
@@ -69,6 +72,7 @@ VARIANTS = {
     "diffusers": Variant(HeliosTransformer3DModel, "", False),
     "diffusers, compiled": Variant(HeliosTransformer3DModel, "", True),
     "ours": Variant(HeliosTransformer, "auto", False),
+    "ours, offloaded": Variant(HeliosTransformer, "auto", False, offloaded=True),
     "ours, compiled": Variant(HeliosTransformer, "auto", True),
     "torch.compile alone": Variant(HeliosTransformer, "compile", True),
 }
@@ -84,14 +88,18 @@ def build(variant: Variant, size: Size, blocks: int | None = None) -> HeliosTran
     return module.requires_grad_(False).train()  # type: ignore[no-any-return]
 
 
-def prepare(module: HeliosTransformer3DModel, trains: str, checkpointing: bool) -> None:
+def prepare(
+    module: HeliosTransformer3DModel, trains: str, checkpointing: bool, variant: Variant, device: torch.device = CPU_DEVICE
+) -> None:
     """What trains, and checkpointing."""
     if trains == "lora":
         add_lora(module, "student", Lora(), seed=0)  # type: ignore[arg-type]
     elif trains == "all":
         module.requires_grad_(True)
     if checkpointing and isinstance(module, HeliosTransformer):
-        module.checkpoint_blocks()
+        module.checkpoint_blocks(spare_last=not variant.offloaded)
+        if variant.offloaded:
+            module.keep_inputs(Offload(Places(device)))
     elif checkpointing:
         module.enable_gradient_checkpointing()
 
@@ -161,7 +169,7 @@ def _planned(variant: Variant, size: Size, trains: str, blocks: int) -> dict[str
         for checkpointing in (True, False):
             module = materialise(partial(_traced, variant, size, trains, blocks, checkpointing), True, fill_buffers)
             assert isinstance(module, HeliosTransformer3DModel)
-            given = inputs(size, variant, torch.device("cpu"))
+            given = inputs(size, variant, CPU_DEVICE)
             for name, work in WORK.items():
                 step = partial(work, module, given)
                 if not checkpointing:
@@ -176,7 +184,7 @@ def _planned(variant: Variant, size: Size, trains: str, blocks: int) -> dict[str
 
 def _traced(variant: Variant, size: Size, trains: str, blocks: int, checkpointing: bool) -> nn.Module:
     module = build(variant, size, blocks)
-    prepare(module, trains, checkpointing)
+    prepare(module, trains, checkpointing, variant)
     return module
 
 
@@ -192,7 +200,7 @@ def modules(size: Size, names: list[str], trains: str, device: torch.device) -> 
         module.load_state_dict(first.state_dict(), assign=True)
         fill_buffers(module)
         module.requires_grad_(False)
-        prepare(module.to(device), trains, checkpointing=True)
+        prepare(module.to(device), trains, True, VARIANTS[name], device)
         if VARIANTS[name].compiled:
             module.compile_repeated_blocks()
         found[name] = module
