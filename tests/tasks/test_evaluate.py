@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -289,22 +288,14 @@ def test_what_cannot_be_is_refused(words: tuple[str, ...], folder: Path, tmp_pat
     assert BAD[words] in str(refused.value)
 
 
-def test_folders_are_compared(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_are_compared(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("one", "two"):
         do(folder, tmp_path / name, "evaluate.metrics=[motion_smoothness]", PARTS[0])
-    asked = []
-    report = types.ModuleType("helios_train.evaluation.report")
-
-    def compare(folders: list[Path], output: Path) -> Path:
-        asked.append((folders, output))
-        return output / "report.html"
-
-    report.compare = compare  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "helios_train.evaluation.report", report)
     words = [f"evaluate.compare=[{tmp_path}/one,{tmp_path}/two]", "evaluate.videos=null"]
     raw = compose.plain(compose.compose_plain(["task=evaluate", f"evaluate.output={tmp_path}/both", *words]))
     evaluate.run(compose.typed(raw), raw)
-    assert asked == [([tmp_path / "one", tmp_path / "two"], tmp_path / "both")]
+    page = (tmp_path / "both/compare.html").read_text()
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path}/both/compare.html" and "one · two · compared" in page
     both = json.loads((tmp_path / "both/all_models_merged.json").read_text())
     assert (both["num_models"], both["score_type"], both["metrics"]) == (2, "rating", ["motion_smoothness"])
     assert both["models"]["one"] == both["models"]["two"] and both["models"]["one"]["motion_smoothness"] == 10

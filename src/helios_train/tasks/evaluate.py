@@ -36,7 +36,7 @@ from helios_train.tasks.progress import Progress
 
 SHORT = 81  # frames of a video that count in a short evaluation
 NAMED = 5  # things a line names before it counts the others
-THROUGHPUT = "throughput.json"
+THROUGHPUT, PAGE = "throughput.json", "compare.html"
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
@@ -60,12 +60,12 @@ def run(config: Config, raw: dict[str, Any]) -> None:
 
 
 def compare(folders: list[Path], output: Path) -> Path:
-    """The report that puts folders side by side; of those that were evaluated, all_models_merged.json too."""
+    """The page that puts folders side by side; of those that were evaluated, all_models_merged.json too."""
     evaluated = [folder for folder in folders if (folder / "merged_results.json").is_file()]
     if evaluated:
         write_all(evaluated, output)
     report = importlib.import_module("helios_train.evaluation.report")  # it draws: only who compares waits for that
-    return report.compare(folders, output)
+    return report.compare(folders, output / PAGE)
 
 
 class Evaluation:
