@@ -90,6 +90,7 @@ def test_a_plan_that_fits_some_cards() -> None:
 ONE, CAST = ("plain", "single", "h100_80gb"), ("plain", "h100_80gb", "stream")
 SHARED = ("shared_48gb", "nf4_24gb", "nf4_16gb")
 MARK = 12_345_677  # bytes that nothing else allocates
+EIGHT_BIT = "bitsandbytes::optimizer_update_8bit_blockwise"
 
 
 @pytest.mark.slow
@@ -104,7 +105,8 @@ MARK = 12_345_677  # bytes that nothing else allocates
 def test_a_profiler_says_the_same(name: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An independent witness on a real step: torch's own record of allocations, against the plan, within 5 %.
 
-    On a CPU device and host are one memory: the plan is asked for both together.
+    On a CPU device and host are one memory: the plan is asked for both together. What bitsandbytes takes inside its update of
+    8-bit moments, which is one kernel on a GPU and eager arithmetic here, is not the step's.
     """
     monkeypatch.setattr(LiveCounter, "_place", lambda *_: DEVICE)
     size = ("model=small", "model.layers=4", "data.size=[128,128]", "data.global_batch=1", "data.micro_batch=1")
@@ -123,11 +125,15 @@ def test_a_profiler_says_the_same(name: str, memory: str, monkeypatch: pytest.Mo
         torch.empty(MARK, dtype=torch.uint8)
         stage.training_step(batch, 1)
     live, peak, marked = 0, 0, False
-    for event in seen.profiler.kineto_results.events():
+    events = list(seen.profiler.kineto_results.events())
+    inside = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == EIGHT_BIT]
+    assert bool(inside) == (memory == "single")
+    for event in events:
         if event.name() == "[memory]":
             live += event.nbytes()
             marked = marked or event.nbytes() == MARK
-            peak = max(peak, live if marked else 0)
+            counts = marked and not any(start <= event.start_ns() < end for start, end in inside)
+            peak = max(peak, live if counts else 0)
     assert peak / 2**30 == pytest.approx(found.peak, rel=0.05)
 
 
