@@ -7,6 +7,7 @@ critic adds for each of its three samples as much, and the gradients of what tra
 forward more. A mean iteration is five turns of the critic's to one of the student's (`stage.every`). The published system's
 figure at 14 B is +47 %, without replay.
 
+What is counted already is not counted again.
 Usage: python benchmarks/gan_cost.py [--models small 14b] [--turns 2]
 """
 
@@ -15,13 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import all_turns, machine
+from timing import machine
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helios_train.conf.compose import compose
@@ -139,7 +141,7 @@ def shares(model: str) -> dict[str, Any]:
 
 
 def measured(model: str, turns: int) -> dict[str, float]:
-    """Seconds of a mean iteration above those without the adversary: medians of the same turns' ratios.
+    """CPU seconds of a mean iteration above those without the adversary: medians of the same turns' ratios.
 
     A mean iteration is one with the student's turn and four without, each timed once a turn.
     """
@@ -149,17 +151,18 @@ def measured(model: str, turns: int) -> dict[str, float]:
         stage, batch = stage_of(config, fake=False), part(config)
         for iteration, what in enumerate(("student", "critic")):
             works[f"{arm}: {what}"] = partial(stage.training_step, batch, iteration)
-    times = all_turns(works, turns, CPU)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(turns):
+        for name, work in works.items():
+            begin = time.process_time()  # of one thread: what else runs on the machine does not count
+            work()
+            times[name].append(time.process_time() - begin)
     took = {
-        arm: [
-            student + (EVERY - 1) * critic
-            for student, critic in zip(times[f"{arm}: student"], times[f"{arm}: critic"], strict=True)
-        ]
+        arm: [one + (EVERY - 1) * other for one, other in zip(times[f"{arm}: student"], times[f"{arm}: critic"], strict=True)]
         for arm in ARMS
     }
-    return {
-        arm: statistics.median(own / off for own, off in zip(took[arm], took["off"], strict=True)) - 1 for arm in list(ARMS)[1:]
-    }
+    shares = {arm: [own / off for own, off in zip(took[arm], took["off"], strict=True)] for arm in list(ARMS)[1:]}
+    return {arm: statistics.median(found) - 1 for arm, found in shares.items()}
 
 
 def main() -> None:
@@ -175,8 +178,9 @@ def main() -> None:
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
     for model in given.models:
-        result["models"][model] = shares(model)
-        _write()
+        if model not in result["models"]:
+            result["models"][model] = shares(model)
+            _write()
         if model == "small":
             for arm, share in measured(model, given.turns).items():
                 result["models"][model][arm]["measured"] = share
