@@ -5,7 +5,8 @@ published, and with rollouts run to their last. The arms of each are one run up 
 one goes on alone, the others with heads on the critic's last hidden layer, one logit a point: with the published weights, and so
 that the heads' loss and the student's are as large as matching. Points of the density are the real sections. Energy distances of
 the student's running mean from points of the density: made in its few steps, and left at a step as training leaves it, which is
-the student that critic and heads are shown.
+the student that critic and heads are shown. Whether heads can learn at all is told by a few turns more, in which they begin
+with the student, as far off as it then is.
 
 Writes results/gan_2d.json, seed by seed and arm by arm; what is there is not run again.
 Usage: python benchmarks/gan_2d.py [--updates 1200] [--seeds 0 1 2] [--arms "random exits, published" ...]
@@ -31,6 +32,7 @@ from helios_train.evaluation.energy import energy_between
 from helios_train.history import History
 from helios_train.objectives.dmd import Cast, CriticDraw, CriticObjective, StudentDraw, StudentObjective
 from helios_train.objectives.gan import Adversary, CriticJudged, StudentJudged
+from helios_train.run import write
 
 RESULT = Path(__file__).parent / "results" / "gan_2d.json"
 RATE = 1e-3
@@ -38,6 +40,7 @@ MEASURED = 9_600  # points of each set
 ALONE = "matching"
 WEIGHTS = {ALONE: None, "published": Adversary(), "as large as matching": Adversary(student=1.0, critic=1.0, r1=1.0)}
 EXITS = {"random exits": True, "last exits": False}
+BEGUN, FEW = "begun with the student", 80  # its heads and so many of its updates
 ARMS = {f"{where}, {what}": (early, adversary) for where, early in EXITS.items() for what, adversary in WEIGHTS.items()}
 
 
@@ -141,7 +144,12 @@ def main() -> None:
             if alone:
                 found[name]["falls_by"] = 1 - found[name]["energy_distance"] / alone["energy_distance"]
             print(seed, name, {key: value for key, value in found[name].items() if key != "heads"}, flush=True)
-            RESULT.write_text(json.dumps(settings | {"seeds": seeds}, indent=1) + "\n")
+            write(RESULT, json.dumps(settings | {"seeds": seeds}, indent=1) + "\n")
+        if BEGUN not in found:
+            given_heads = {what: replace(one, start=0) for what, one in WEIGHTS.items() if one}
+            found[BEGUN] = {what: distil(mixture, network, FEW, seed, False, one)[1] for what, one in given_heads.items()}
+            print(seed, BEGUN, {what: heads[1] for what, heads in found[BEGUN].items()}, flush=True)
+            write(RESULT, json.dumps(settings | {"seeds": seeds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

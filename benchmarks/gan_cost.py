@@ -8,7 +8,7 @@ forward more. A mean iteration is five turns of the critic's to one of the stude
 figure at 14 B is +47 %, without replay.
 
 What is counted already is not counted again.
-Usage: python benchmarks/gan_cost.py [--models small 14b] [--turns 2]
+Usage: python benchmarks/gan_cost.py [--models small 14b] [--turns 5]
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def main() -> None:
     """All models."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["small"])
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args()
     result: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.is_file() else {"models": {}}
     result |= {"machine": machine(CPU), "torch": torch.__version__}
@@ -184,6 +184,7 @@ def main() -> None:
         if model == "small":
             for arm, share in measured(model, given.turns).items():
                 result["models"][model][arm]["measured"] = share
+            result["turns"] = given.turns
             _write()
         print(json.dumps(result["models"][model], indent=1), flush=True)
 

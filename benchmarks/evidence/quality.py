@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,15 @@ class Results:
         RESULTS.mkdir(parents=True, exist_ok=True)
         write(self.path, json.dumps(self.known, indent=1) + "\n")
 
-    def measure(self, name: str, folder: Path, experiment: str, plan: Plan) -> None:
-        """Samples the model in `folder` for the held-out captions, and keeps its figures."""
+    def measure(self, name: str, folder: Path, experiment: str, plan: Plan, known: Mapping[str, Any] | None = None) -> None:
+        """Samples the model in `folder` for the held-out captions, and keeps its figures with what is `known` of it."""
         config = compose([f"experiment={experiment}", "data.size=[64,128]", f"init={folder}", f"seed={self.seed}"])
         real = Real.of(config, CLIPS)
         made = sample(config, folder, real.captions, plan)
         spec = build.toy_spec(config)
         assert spec is not None
-        self.add(name, figures(real, made["latents"], made["tracks"], spec.speed) | {"seconds_a_section": made["seconds"]})
+        found = figures(real, made["latents"], made["tracks"], spec.speed) | {"seconds_a_section": made["seconds"]}
+        self.add(name, {**found, **(known or {})})
 
 
 @torch.no_grad()

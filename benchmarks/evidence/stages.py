@@ -3,7 +3,8 @@
 Takes the folder of a finished chain. Of each link: its iterations and their minutes, by the step time that its run recorded, and
 of its merged model 32 held-out captions, every link from the same noise: names right, jumps at borders beside the motion inside
 sections, energy distance to the held-out clips. Base is sampled in 25 steps with guidance, Mid in 2+2+2 with guidance, the two
-student links in 2+2+2 without. Writes results/evidence/stages_SEED.json and prints the table.
+student links in 2+2+2 without. Writes results/evidence/stages_SEED.json and prints the table. What is there of the same run, by
+its iterations and minutes, is not measured again.
 
 Usage: python benchmarks/evidence/stages.py RUN
 """
@@ -55,9 +56,9 @@ def main() -> None:
     first = json.loads((chain / f"{LINKS['base'][0]}_merged" / "helios_train.json").read_text())["lineage"][0]
     results = Results("stages", first["seed"])
     for name, (folder, experiment, plan) in LINKS.items():
-        if name not in results.known:
-            results.measure(name, chain / f"{folder}_merged", experiment, plan)
-            results.add(name, results.known[name] | cost(chain / folder))
+        took = cost(chain / folder)
+        if not took.items() <= results.known.get(name, {}).items():
+            results.measure(name, chain / f"{folder}_merged", experiment, plan, took)
     print(table(results.known))
 
 

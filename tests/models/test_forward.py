@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from diffusers import HeliosTransformer3DModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
 from helios_train import rng
 from helios_train.history import History
+from helios_train.memory.live import LiveCounter
+from helios_train.memory.places import DEVICE
 from helios_train.models import block, manifest
+from helios_train.models.lora import Adapted
 from helios_train.models.transformer import HeliosTransformer
 
 Inputs = tuple[Tensor, Tensor, Tensor, History]
@@ -118,6 +123,30 @@ def test_a_feed_forward_in_pieces(
     assert_same(found[1], found[0])
     if rows == 2048:  # the last layer runs in the forward, and again only where the gate behind it wants its output
         assert len(products) == len(ours.blocks) * len(x_t) * (1 if frozen else 2)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_two_hidden_tensors_of_a_piece_are_alive_in_a_feed_forwards_backward(
+    tiny_transformer: Tiny, monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    rows, hidden = 512, 4096
+    _, ours = pair(tiny_transformer, num_layers=1, ffn_dim=hidden)
+    one = ours.blocks[0].requires_grad_(False)
+    if adapters:
+        config = LoraConfig(r=2, target_modules=["ffn.net.0.proj", "ffn.net.2"], init_lora_weights=False)
+        inject_adapter_in_model(config, one)
+        for layer in (one.ffn.net[0].proj, one.ffn.net[2]):
+            layer.__class__ = Adapted
+    monkeypatch.setattr(block, "ROWS", rows)
+    x = rng.normal(rng.generator(0, "x"), (1, 4 * rows, 24)).requires_grad_()
+    dy = rng.normal(rng.generator(0, "dy"), x.shape)
+    (wanted,) = torch.autograd.grad(one.pieces(x, "reference"), x, dy)
+    output = one._feed_forward(x * 1, "reference", nullcontext)
+    with LiveCounter() as counter:
+        output.backward(dy)
+    torch.testing.assert_close(x.grad, wanted)
+    piece = 4 * rows * hidden
+    assert 2 * piece <= counter.report().peak[DEVICE] < 2.5 * piece
 
 
 @pytest.mark.parametrize("variant", ["amplified, a head", "amplified, once"])
