@@ -160,6 +160,19 @@ def test_crop_keeps_the_centre(given: tuple[int, int], size: tuple[int, int]) ->
     assert (out[2] - (51 / 127.5 - 1)).abs().max() < 1e-6
 
 
+def test_pixels_are_fp32_whatever_the_default() -> None:
+    """The default is the process's: while one thread loads a text encoder in bf16, another decodes."""
+    frames = torch.arange(2 * 4 * 6 * 3, dtype=torch.uint8).view(2, 4, 6, 3)
+    before = torch.get_default_dtype()
+    wanted = centre_crop_resize(frames, (4, 6))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = centre_crop_resize(frames, (4, 6))
+    finally:
+        torch.set_default_dtype(before)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
 def test_resize_is_antialiased() -> None:
     # Shrunk four times, a plain bilinear sample falls between two white columns each time.
     stripes = ((torch.arange(256) + 1) // 2 % 2 * 255).byte().view(1, 1, 256, 1).expand(1, 128, 256, 3)

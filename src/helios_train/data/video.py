@@ -156,7 +156,8 @@ def centre_crop_resize(
         crop_rows, crop_columns = rows, max(1, rows * width // height)
     top, left = (rows - crop_rows) // 2, (columns - crop_columns) // 2
     cropped = frames[:, top : top + crop_rows, left : left + crop_columns]
-    out = torch.empty(3, count, height, width)
+    # Said aloud: while transformers loads a text encoder in one thread, the whole process's default is bf16.
+    out = torch.empty(3, count, height, width, dtype=torch.float32)
     for start in range(0, count, RESIZE_BLOCK):
         block = cropped[start : start + RESIZE_BLOCK].permute(0, 3, 1, 2).float() / 127.5 - 1
         if (crop_rows, crop_columns) != (height, width):
