@@ -5,6 +5,8 @@ captions (clips have 4), and follows the toy object section by section. Drift is
 colour    RGB distance of the background's colours, and of the object's, of 255
 position  how far the object jumps at a border, pixels: the mean of the last four less that of the first four
 identity  share of videos whose object has lost the colour it began with, and how much its radius changed, of the first
+A caption names both colours, in every section. So that nothing but the history tells them, each model is sampled untold as well:
+from the second section on with an empty caption.
 Writes results/evidence/drift_with_and_without_SEED.json, arm by arm; an arm that is there is not made again.
 
 Usage: python benchmarks/evidence/drift_with_and_without.py SEED [ARM ...]
@@ -23,7 +25,9 @@ from quality import Plan, Real, Results, interval, sample
 from helios_train.conf.compose import compose
 from helios_train.evaluation.toy import ToyTrack, join_tracks
 
-ARMS = {"both": "base", "no_anchor": "no_anchor", "no_corrupt": "no_corrupt", "neither": "neither"}
+MODELS = {"both": "base", "no_anchor": "no_anchor", "no_corrupt": "no_corrupt", "neither": "neither"}
+UNTOLD = "_untold"
+ARMS = [*MODELS, *(f"{name}{UNTOLD}" for name in MODELS)]
 VIDEOS, SECTIONS, EDGE = 16, 12, 4  # captions; sections of a video; borders at either end
 PLAN = Plan(25)
 
@@ -64,13 +68,14 @@ def main() -> None:
     for name in sys.argv[2:] or ARMS:
         if name in results.known:
             continue
-        folder = merged(results.seed, ARMS[name])
+        folder, told = merged(results.seed, MODELS[name.removesuffix(UNTOLD)]), 1 if name.endswith(UNTOLD) else None
         config = compose(["experiment=toy_base", "data.size=[64,128]", f"init={folder}", f"seed={results.seed}"])
-        made = sample(config, folder, Real.of(config, VIDEOS).captions, PLAN, SECTIONS)
+        made = sample(config, folder, Real.of(config, VIDEOS).captions, PLAN, SECTIONS, told=told)
         results.add(name, figures(made["by_section"]))
-    if {"both", "neither"} <= results.known.keys():
-        both, neither = (results.known[name] for name in ("both", "neither"))
-        print({name: (both[name]["mean"], neither[name]["mean"]) for name in ("background", "object", "jump", "lost", "radius")})
+    for what in ("", UNTOLD):
+        if {f"both{what}", f"neither{what}"} <= results.known.keys():
+            both, neither = (results.known[f"{name}{what}"] for name in ("both", "neither"))
+            print(what, {name: (both[name]["mean"], neither[name]["mean"]) for name in ("background", "object", "radius")})
 
 
 if __name__ == "__main__":

@@ -88,11 +88,18 @@ class Results:
 
 @torch.no_grad()
 def sample(
-    config: Config, folder: Path, captions: list[str], plan: Plan, sections: int = SECTIONS, images: Tensor | None = None
+    config: Config,
+    folder: Path,
+    captions: list[str],
+    plan: Plan,
+    sections: int = SECTIONS,
+    images: Tensor | None = None,
+    told: int | None = None,
 ) -> dict[str, Any]:
     """Videos of the model in `folder`: latents a video, tracks, those of each section, and seconds a section of one video.
 
-    images: [videos, 3, H, W] in [-1, 1], what each begins from.
+    images: [videos, 3, H, W] in [-1, 1], what each begins from. told: sections that are given the caption, the later ones an
+    empty one; None: all.
     """
     begun = weights.start(config)
     build.computes(config, begun.transformer, trains=False)
@@ -105,14 +112,15 @@ def sample(
     for first in range(0, len(captions), BATCH):
         some = captions[first : first + BATCH]
         numbers = range(first, first + len(some))
-        embeddings = pad(text.encode(some), text.rows)
+        embeddings, nothing = (pad(text.encode(said), text.rows) for said in (some, [""] * len(some)))
+        texts = [embeddings if told is None or section < told else nothing for section in range(sections)]
         generators = [rng.torch_generator(config.seed, "sample", number) for number in numbers]
         pipeline, steps = build_pipeline(begun.transformer, codec, settings), settings.steps(plan.steps)
         denoise = Sections(pipeline, steps, plan.guidance, generators, settings.amplify, settings.anchor)
         history = from_nothing(len(some), codec.channels, config.data.size)
         if images is not None:
             history = from_image(codec, images[list(numbers)], rng.torch_generator(config.seed, "image", first))
-        made = list(grown(denoise, [embeddings] * sections, history))
+        made = list(grown(denoise, texts, history))
         latents += torch.stack(made, dim=1).unbind(0)
         seen = [[track(frames) for frames in pixels(codec, part)] for part in made]
         tracks += [list(parts) for parts in zip(*seen, strict=True)]

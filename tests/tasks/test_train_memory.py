@@ -169,7 +169,7 @@ def test_running_out(tiny_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "measured peak 3.0 GiB; there was no plan" in said and "memory=single or h100_80gb or" in said
     snapshot = folder.path / "memory_snapshot.pickle"
     assert str(snapshot) in said and pickle.loads(snapshot.read_bytes()) == {"segments": [7]}
-    tiny_run(*words, "resume=auto")
+    tiny_run(*words, "memory=h100_80gb", "resume=auto")  # as it says
     assert folder.newest_checkpoint() == folder.checkpoints / "00000003.ckpt"
 
 

@@ -87,12 +87,12 @@ class MemoryWatch(L.Callback):
         plan = f"planned {self.plan.peak:.1f} GiB, in {self.plan.moment}" if self.plan else "there was no plan"
         known = "; ".join(part for part in (peak, plan) if part)
         others = list(self.others())
-        less = f"memory={' or '.join(others)} take less; " if others else ""
+        less = f", or with memory={' or '.join(others)}, which take less" if others else ""
         seen = f"; {self._snapshot} shows what was allocated (pytorch.org/memory_viz)" if self._snapshot else ""
         reason = str(error).partition("\n")[0]
         return (
             f"out of memory in iteration {self.iteration}, in {moment_of(error)} ({reason}); {known}. Checkpoints are whole: "
-            f"resume={self.folder} where more is free; {less}or start again with smaller data.micro_batch or data.size "
+            f"resume={self.folder} where more is free{less}; or start again with smaller data.micro_batch or data.size "
             f"(task=plan plan.all=true puts choices side by side){seen}"
         )
 

@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from helios_train.conf.rules import AUTO
+from helios_train.conf.rules import AUTO, ONE_BASE
 from helios_train.errors import InputError
 from helios_train.run import compare_configs
 
 # What a resumed run may change; anything else is refused by name.
 LOOP = tuple(f"trainer.{name}" for name in ("devices", "accelerator", "max_steps", "progress"))
-CHANGEABLE = (*LOOP, "data.workers", "logger", "watch.alarms", "run_dir", "resume")
+# Where bytes live and what is computed again: the same to the bit, but for `checkpointing` the same to rounding.
+PLACES = tuple(
+    f"memory.{name}"
+    for name in ("name", "stream", "park", "block_inputs", "optimizer", "gan_replay", "checkpointing", "checkpoint_every")
+)
+CHANGEABLE = (*LOOP, "data.workers", "logger", "watch.alarms", "run_dir", "resume", *PLACES)
 # Made from keys that may change, and fixed by the first start all the same: schedules go on as they began.
 FIXED_BY_FIRST_START = ("optimizer.total",)
 SHOWN = 5  # keys a message spells out
@@ -27,10 +32,12 @@ def settled(saved: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
 def changed(saved: Mapping[str, Any], raw: Mapping[str, Any], fixed: Sequence[str] = ()) -> list[str]:
     """Dotted keys in which a composed config differs from a saved one and may not, nor may the `fixed` ones.
 
-    `init` is the same by whatever path.
+    `init` is the same by whatever path; a memory choice may change, but not how many bases `stage.bases=auto` has under it.
     """
     allowed = tuple(key for key in (*CHANGEABLE, *FIXED_BY_FIRST_START) if key not in fixed)
-    return compare_configs(_placed(saved), _placed(settled(saved, raw)), allowed)
+    now = settled(saved, raw)
+    keys = compare_configs(_placed(saved), _placed(now), allowed)
+    return keys if _one_base(saved) == _one_base(now) else [*keys, "memory.name (one base for all roles, or two)"]
 
 
 def refuse(keys: Sequence[str], where: Path, record: str) -> None:
@@ -41,6 +48,14 @@ def refuse(keys: Sequence[str], where: Path, record: str) -> None:
             f"{where}: cannot resume with another {', '.join(keys[:SHOWN])}{more}; start a new run, or put the old "
             f"values back (they are in {record}, unless that is damaged)"
         )
+
+
+def _one_base(config: Mapping[str, Any]) -> bool:
+    """Whether `stage.bases=auto` means one."""
+    stage, memory = config.get("stage"), config.get("memory")
+    if not isinstance(stage, Mapping) or not isinstance(memory, Mapping):
+        return False  # an older run's
+    return stage.get("bases") == AUTO and memory.get("name") in ONE_BASE
 
 
 def place(init: str | None) -> str | None:
