@@ -45,8 +45,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def written(table: str) -> str:
-    return (ROOT / "README.md").read_text().partition(f"<!-- {table} -->\n")[2].partition("<!-- end -->")[0].strip()
+def written(table: str, page: str = "README.md") -> str:
+    return (ROOT / page).read_text().partition(f"<!-- {table} -->\n")[2].partition("<!-- end -->")[0].strip()
 
 
 def test_the_table_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +70,13 @@ def test_the_table_of_memory_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(known[name]["bit for bit"] for name in rows if name.endswith(("h100_80gb", "stream", "graphs kept")))
 
 
+def test_the_tables_and_plots_of_the_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = benchmark(monkeypatch, "summary")
+    for name in summary.QUESTIONS:
+        assert written(name, "docs/evidence.md") == summary.table(name).strip(), name
+        assert (summary.RESULTS / f"{name}.svg").read_text() == summary.plot(name), name
+
+
 def test_what_is_said_of_the_adversary_on_the_plane(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark(monkeypatch, "gan_2d")
     seeds = [json.loads(module.RESULT.read_text())["seeds"][str(seed)] for seed in range(3)]
@@ -77,6 +84,6 @@ def test_what_is_said_of_the_adversary_on_the_plane(monkeypatch: pytest.MonkeyPa
     large = [f"{seed[module.BEGUN]['as large as matching'][1][1]:.2f}" for seed in seeds]
     assert all(seed[module.BEGUN]["published"][1][:1] == [20] for seed in seeds)
     assert all(abs(seed[module.BEGUN]["published"][1][1]) < 0.001 for seed in seeds)
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "docs/evidence.md").read_text().split())
     for one, two, three in (*falls, large):
         assert f"{one}, {two} and {three}" in text

@@ -1,6 +1,6 @@
-"""README's tables of the toy experiments, and a plot of each with the intervals: from the figures in results/evidence.
+"""The tables of docs/evidence.md, and a plot of each with the intervals: from the figures in results/evidence.
 
-Of each question results/evidence/QUESTION_SEED.json, seed by seed, arm by arm; prints the tables and writes
+Of each question results/evidence/QUESTION_SEED.json, seed by seed, arm by arm; puts the table into the page and writes
 results/evidence/QUESTION.svg: a row an arm, a panel a figure, a dot a seed, a line its 95 % interval over the videos where the
 experiment has one. An arm that a seed does not have yet is left out of its row.
 
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
+PAGE, END = Path(__file__).parents[2] / "docs" / "evidence.md", "<!-- end -->"
 SEEDS = (0, 1, 2)
 COLOURS = ("#2a78d6", "#eb6834", "#1baf7a")  # of the seeds
 INK, FAINT, PAPER = "#22231f", "#d8d7d0", "#fcfcfb"
@@ -131,7 +132,7 @@ def found(name: str) -> dict[str, list[list[Value | None]]]:
 
 
 def table(name: str) -> str:
-    """As README has it: a cell has the seeds' figures one after another."""
+    """As the page has it: a cell has the seeds' figures one after another."""
     question = QUESTIONS[name]
     lines = ["| arm | " + " | ".join(figure.title for figure in question.figures) + " |"]
     lines.append("|" + "---|" * (len(question.figures) + 1))
@@ -200,7 +201,10 @@ def main() -> None:
     """The questions named, or all."""
     for name in sys.argv[1:] or QUESTIONS:
         (RESULTS / f"{name}.svg").write_text(plot(name))
-        print(f"{name}\n\n{table(name)}")
+        before, mark, rest = PAGE.read_text().partition(f"<!-- {name} -->\n")
+        if not mark:
+            raise SystemExit(f"{PAGE}: no line <!-- {name} --> to put the table after")
+        PAGE.write_text(before + mark + table(name) + END + rest.partition(END)[2])
 
 
 if __name__ == "__main__":
