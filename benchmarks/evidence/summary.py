@@ -70,6 +70,11 @@ def _by_video(name: str) -> Getter:
     return of
 
 
+def _since_the_second(arm: dict[str, Any]) -> Value | None:
+    way = arm["background_by_section"]
+    return Value(way[-1] - way[1])
+
+
 RIGHT = Figure("names right", 2, _plain("right"))
 FOUND = Figure("object found", 2, _plain("found"))
 JUMP = Figure("jump at borders, median, px", 1, _plain("border_jump_median"))
@@ -83,10 +88,11 @@ QUESTIONS = {
         },
         (
             Figure("background's colour", 3, _by_video("background")),
+            Figure("of it since section 2", 3, _since_the_second),
             Figure("object's colour", 3, _by_video("object")),
             Figure("radius", 2, _by_video("radius")),
             Figure("jump at borders, px", 1, _by_video("jump")),
-            Figure("of last four less first", 1, _by_video("jump_more")),
+            Figure("of it at the last four less the first", 1, _by_video("jump_more")),
         ),
     ),
     "mid_against_base": Question(
