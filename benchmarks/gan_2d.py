@@ -40,7 +40,7 @@ MEASURED = 9_600  # points of each set
 ALONE = "matching"
 WEIGHTS = {ALONE: None, "published": Adversary(), "as large as matching": Adversary(student=1.0, critic=1.0, r1=1.0)}
 EXITS = {"random exits": True, "last exits": False}
-BEGUN, FEW = "begun with the student", 80  # its heads and so many of its updates
+BEGUN, FEW = "begun with the student", 80  # student updates of that short run
 ARMS = {f"{where}, {what}": (early, adversary) for where, early in EXITS.items() for what, adversary in WEIGHTS.items()}
 
 

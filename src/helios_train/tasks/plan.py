@@ -159,9 +159,9 @@ def chosen(config: Config, capacity: float | None) -> tuple[Memory, str, Plan | 
     nothing fits.
     """
     if capacity is None:
-        return _preset("plain"), "memory=auto: plain, for a CPU has no memory of its own", None
+        return preset("plain"), "memory=auto: plain, for a CPU has no memory of its own", None
     if _few(config, capacity):
-        return _preset("plain"), f"memory=auto: plain, for so small a model takes little of {capacity:.1f} GiB", None
+        return preset("plain"), f"memory=auto: plain, for so small a model takes little of {capacity:.1f} GiB", None
     passed = []
     for name, other in presets(config).items():
         least = _least(other)
@@ -185,14 +185,15 @@ def presets(config: Config) -> dict[str, Config]:
     if isinstance(config.stage, DistillStage) and config.stage.bases == "auto" and config.memory.name == AUTO:
         config = replace(config, stage=replace(config.stage, bases="distinct"))
     for name in PRESETS:
-        other = replace(config, memory=_preset(name), plan=config.plan or _defaults())
+        other = replace(config, memory=preset(name), plan=config.plan or _defaults())
         if not any(True for _ in rules.memory_fits(other)):
             found[name] = other
     return found
 
 
 @cache
-def _preset(name: str) -> Memory:
+def preset(name: str) -> Memory:
+    """What `memory=` and that name compose to."""
     return Memory(**compose.plain(compose.compose_plain([f"memory={name}"]))["memory"])
 
 

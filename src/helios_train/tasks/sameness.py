@@ -12,7 +12,8 @@ from helios_train.run import compare_configs
 
 # What a resumed run may change; anything else is refused by name.
 LOOP = tuple(f"trainer.{name}" for name in ("devices", "accelerator", "max_steps", "progress"))
-# Where bytes live and what is computed again: the same to the bit, but for `checkpointing` the same to rounding.
+# Where bytes live and what is computed again. On a CPU the same to the bit but for which blocks are computed again, on a GPU
+# also but for where the optimizer steps: those are the same to rounding.
 PLACES = tuple(
     f"memory.{name}"
     for name in ("name", "stream", "park", "block_inputs", "optimizer", "gan_replay", "checkpointing", "checkpoint_every")
@@ -24,7 +25,7 @@ SHOWN = 5  # keys a message spells out
 
 
 def settled(saved: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Today's config with what memory=auto chose when the run began: going on, it does not choose again."""
+    """Today's config with the memory choice the run last had where it is memory=auto: going on, that does not choose again."""
     auto = isinstance(raw.get("memory"), Mapping) and raw["memory"].get("name") == AUTO
     return {**raw, "memory": saved["memory"]} if auto and saved.get("memory") else dict(raw)
 
@@ -37,7 +38,7 @@ def changed(saved: Mapping[str, Any], raw: Mapping[str, Any], fixed: Sequence[st
     allowed = tuple(key for key in (*CHANGEABLE, *FIXED_BY_FIRST_START) if key not in fixed)
     now = settled(saved, raw)
     keys = compare_configs(_placed(saved), _placed(now), allowed)
-    return keys if _one_base(saved) == _one_base(now) else [*keys, "memory.name (one base for all roles, or two)"]
+    return keys if _auto_is_one(saved) == _auto_is_one(now) else [*keys, "memory.name (one base for all roles, or two)"]
 
 
 def refuse(keys: Sequence[str], where: Path, record: str) -> None:
@@ -50,8 +51,8 @@ def refuse(keys: Sequence[str], where: Path, record: str) -> None:
         )
 
 
-def _one_base(config: Mapping[str, Any]) -> bool:
-    """Whether `stage.bases=auto` means one."""
+def _auto_is_one(config: Mapping[str, Any]) -> bool:
+    """Whether `stage.bases=auto` stands there and means one base."""
     stage, memory = config.get("stage"), config.get("memory")
     if not isinstance(stage, Mapping) or not isinstance(memory, Mapping):
         return False  # an older run's

@@ -75,11 +75,10 @@ def _train(config: Config, raw: dict[str, Any], folder: RunFolder, checkpoint: P
             write(folder.plan, json.dumps(planned.record(), indent=1) + "\n")
     logs = watching.loggers(config, raw, folder, done) if main else []
     device = device_of(build.device(config))
-    watch = MemoryWatch(config.trainer.log_every, device, planned, partial(plan.smaller, config), folder.path)
+    watch = MemoryWatch(config.trainer.log_every, device, planned, partial(_may_take, config, raw), folder.path)
     loop = trainer(config, folder, [watch, *watchers(config, folder, stage, data, ema, done)], logs)
-    if main and not folder.config.is_file():  # now that all is well: the same command, put right, may use the folder
-        folder.save_config(raw)
-    if main:
+    if main:  # only now that all is well: the same command, put right, may use the folder
+        _keep_config(folder, raw)
         environment.note(folder, done)
     try:
         with watch.explained():
@@ -98,6 +97,24 @@ def _fitted(config: Config) -> tuple[Config, str, plan.Plan | None]:
     planned = None if card is None else plan.must_fit(config, card)
     unplanned = "not planned: " + ("on a CPU task=plan tells what a GPU would take" if card is None else "the model is small")
     return config, f"memory {config.memory.name}: {planned.summary() if planned else unplanned}", planned
+
+
+def _may_take(config: Config, raw: dict[str, Any]) -> list[str]:
+    """The `memory=` choices that take less and that the run may go on under."""
+    return [name for name in plan.smaller(config) if not sameness.changed(raw, {**raw, "memory": asdict(plan.preset(name))})]
+
+
+def _keep_config(folder: RunFolder, raw: dict[str, Any]) -> None:
+    """Writes config.yaml; of a run that goes on only what it remembers for the next time: its memory choice."""
+    if not folder.config.is_file():
+        folder.save_config(raw)
+        return
+    kept = folder.load_config()
+    before, now = compose.saved(kept)["memory"], raw["memory"]
+    if before != now:
+        other = ", ".join(f"{name} {value} (was {before.get(name)})" for name, value in now.items() if value != before.get(name))
+        print(f"from here on memory has {other}", flush=True)
+        folder.save_config({**kept, "memory": now})
 
 
 def _local_rank() -> int:
