@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from helios_train.models.checkpoint import read
 
@@ -166,3 +167,21 @@ def killed_and_resumed(runs: Runs, whole: Path, stage: str, ranks: int, workers:
     newest = max(int(path.stem) for path in (runs.folder / name / "checkpoints").glob("*.ckpt"))
     assert newest < STEPS, f"killed after iteration {after}, yet it finished"
     assert_same_run(whole, runs.run(name, ranks, workers, *of(stage, runs), "resume=auto"))
+
+
+def last_tensors(folder: Path) -> dict[str, Tensor]:
+    """All of the last checkpoint, by where they are."""
+    found: dict[str, Tensor] = {}
+
+    def collect(what: Any, name: str) -> None:
+        if isinstance(what, Tensor):
+            found[name] = what
+        elif isinstance(what, dict):
+            for key, value in what.items():
+                collect(value, f"{name}.{key}")
+        elif isinstance(what, list | tuple):
+            for number, value in enumerate(what):
+                collect(value, f"{name}.{number}")
+
+    collect(read(max((folder / "checkpoints").glob("*.ckpt"))), "")
+    return found

@@ -8,34 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from helios_train.conf import compose
 from helios_train.errors import InputError
-from helios_train.models.checkpoint import read
 from helios_train.run import RunFolder
 from helios_train.tasks import sameness, train
 
+from .runs import last_tensors
+
 Run = Callable[..., None]
 WORDS = ("stage=base", "trainer.max_steps=4", "checkpoint.every=2", "checkpoint.keep=9", "watch.every=0", "watch.sample=false")
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """All of the last checkpoint, by where they are."""
-    found: dict[str, Tensor] = {}
-
-    def collect(what: Any, name: str) -> None:
-        if isinstance(what, Tensor):
-            found[name] = what
-        elif isinstance(what, dict):
-            for key, value in what.items():
-                collect(value, f"{name}.{key}")
-        elif isinstance(what, list | tuple):
-            for number, value in enumerate(what):
-                collect(value, f"{name}.{number}")
-
-    collect(read(max((folder / "checkpoints").glob("*.ckpt"))), "")
-    return found
 
 
 @pytest.mark.parametrize(("first", "then", "exact"), [("h100_80gb", "single", True), ("plain", "h100_80gb", False)])
@@ -44,7 +26,7 @@ def test_it_ends_where_it_would_have_ended(tiny_run: Run, tmp_path: Path, first:
     tiny_run(*WORDS, f"memory={first}", f"run_dir={whole}")
     tiny_run(*WORDS, f"memory={first}", f"run_dir={cut}", "trainer.max_steps=2", "optimizer.total=4")
     tiny_run(*WORDS, f"memory={then}", f"run_dir={cut}", "resume=auto")
-    expected, found = tensors(whole), tensors(cut)
+    expected, found = last_tensors(whole), last_tensors(cut)
     assert expected.keys() == found.keys() and len(found) > 20
     for name, tensor in expected.items():
         if exact:

@@ -30,6 +30,7 @@ from helios_train.tasks import build
 from helios_train.tasks.prepare import NEGATIVE_PROMPT
 
 from ..conftest import TINY_RUN
+from ..resume.runs import last_tensors
 
 Run = Callable[..., None]
 SIZE = ("data.size=[64,64]", "data.global_batch=2", "data.micro_batch=1", "data.toy.sections=2")
@@ -221,6 +222,19 @@ def test_on_a_shared_base_the_student_is_its_lineage(tmp_path: Path, tiny_run: R
     tiny_run(*words, "task=merge", f"init={run}", f"merge.output={tmp_path / 'merged'}")
     known = manifest.read_manifest(tmp_path / "merged")
     assert known is not None and [link.stage for link in known.lineage] == ["base", "mid", "ode", "distill"]
+
+
+def test_it_goes_on_under_another_memory_choice(tmp_path: Path, tiny_run: Run, merged: Path, student: Path) -> None:
+    """To the bit: a base streamed, the adversary's heads parked, its graphs kept, from the middle of the run on."""
+    words = distill_words(merged, student, "stage.gan.start=1", "stage.gan.head_width=32", "stage.bases=distinct")
+    words += ("trainer.max_steps=4", "checkpoint.every=2", "watch.sample=false", "watch.every=0")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    tiny_run(*words, "memory=h100_80gb", f"run_dir={whole}")
+    tiny_run(*words, "memory=h100_80gb", f"run_dir={cut}", "trainer.max_steps=2", "optimizer.total=4")
+    tiny_run(*words, "memory=stream", "memory.gan_replay=false", f"run_dir={cut}", "resume=auto")
+    expected, found = last_tensors(whole), last_tensors(cut)
+    assert expected.keys() == found.keys() and any(".critic." in name for name in expected)
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
 
 
 def test_the_negative_prompt_of_the_dataset_reaches_the_teacher(
