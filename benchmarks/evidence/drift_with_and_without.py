@@ -64,7 +64,7 @@ def figures(by_section: list[list[ToyTrack]]) -> dict[str, Any]:
 
 def main() -> None:
     """One seed."""
-    results = Results("drift_with_and_without", int(sys.argv[1]))
+    results = Results("drift_with_and_without", int(sys.argv[1]), VIDEOS)
     for name in sys.argv[2:] or ARMS:
         if name in results.known:
             continue

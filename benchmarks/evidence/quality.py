@@ -63,15 +63,18 @@ class Real:
 class Results:
     """The figures of a question and seed in results/evidence, arm by arm; what is there is not measured again."""
 
-    def __init__(self, question: str, seed: int):
-        self.path, self.seed = RESULTS / f"{question}_{seed}.json", seed
-        self.known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
-        self.known |= {"seed": seed, "clips": CLIPS}
+    def __init__(self, question: str, seed: int, clips: int = CLIPS):
+        self.path, self.seed, self.clips = RESULTS / f"{question}_{seed}.json", seed, clips
+        self.known = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        known = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        return {"seed": self.seed, "clips": self.clips} | known
 
     def add(self, name: str, found: Any) -> None:
-        """An arm's figures, kept at once."""
+        """An arm's figures, kept at once beside what other processes have found meanwhile."""
         print(name, json.dumps(found), flush=True)
-        self.known[name] = found
+        self.known = self._read() | {name: found}
         RESULTS.mkdir(parents=True, exist_ok=True)
         write(self.path, json.dumps(self.known, indent=1) + "\n")
 

@@ -58,7 +58,7 @@ def figures(by_section: list[list[ToyTrack]]) -> dict[str, Any]:
 
 def main() -> None:
     """One seed."""
-    results = Results("released_against_corrected", int(sys.argv[1]))
+    results = Results("released_against_corrected", int(sys.argv[1]), VIDEOS)
     for name in sys.argv[2:] or ARMS:
         if name in results.known:
             continue

@@ -57,7 +57,8 @@ class Question:
 
 def _plain(name: str, interval: str = "") -> Getter:
     def of(arm: dict[str, Any]) -> Value | None:
-        return Value(arm[name], *(arm.get(interval) or ())) if arm.get(name) is not None else None
+        value = arm.get(name)
+        return Value(value, *(arm.get(interval) or ())) if value is not None and math.isfinite(value) else None
 
     return of
 
@@ -70,7 +71,7 @@ def _by_video(name: str) -> Getter:
     return of
 
 
-def _since_the_second(arm: dict[str, Any]) -> Value | None:
+def _less_the_second(arm: dict[str, Any]) -> Value | None:
     way = arm["background_by_section"]
     return Value(way[-1] - way[1])
 
@@ -79,21 +80,24 @@ RIGHT = Figure("names right", 2, _plain("right"))
 FOUND = Figure("object found", 2, _plain("found"))
 JUMP = Figure("jump at borders, median, px", 1, _plain("border_jump_median"))
 ENERGY = Figure("energy distance", 2, _plain("energy", "energy_interval"))
+CURES = {"both": "both", "no_anchor": "no anchor", "no_corrupt": "no corruption", "neither": "neither"}
 STEPS = {3: "1+1+1", 4: "1+1+2", 6: "2+2+2", 12: "4+4+4"}
 QUESTIONS = {
     "drift_with_and_without": Question(
-        {
-            **(known := {"both": "both", "no_anchor": "no anchor", "no_corrupt": "no corruption", "neither": "neither"}),
-            **{f"{arm}_untold": f"{said}, untold" for arm, said in known.items()},
-        },
+        CURES | {f"{arm}_untold": f"{said}, untold" for arm, said in CURES.items()},
         (
             Figure("background's colour", 3, _by_video("background")),
-            Figure("of it since section 2", 3, _since_the_second),
+            Figure("last less second", 3, _less_the_second),
             Figure("object's colour", 3, _by_video("object")),
+            Figure("its name lost", 2, _by_video("lost")),
             Figure("radius", 2, _by_video("radius")),
             Figure("jump at borders, px", 1, _by_video("jump")),
-            Figure("of it at the last four less the first", 1, _by_video("jump_more")),
+            Figure("last four less first four", 1, _by_video("jump_more")),
         ),
+    ),
+    "tint_inherited": Question(
+        CURES,
+        (Figure("told", 3, _by_video("told")), Figure("untold", 3, _by_video("untold"))),
     ),
     "mid_against_base": Question(
         {
@@ -166,7 +170,7 @@ def _line(x: tuple[float, float], y: tuple[float, float], colour: str) -> str:
 def _panel(figure: Figure, rows: list[list[Value | None]], left: float) -> list[str]:
     """Dots and intervals between the smallest and the largest; 0 is among them."""
     ends = [end for row in rows for value in row if value for end in (value.mean, value.low, value.high) if math.isfinite(end)]
-    low, high = min(0.0, *ends), max(0.0, *ends)
+    low, high = min([0.0, *ends]), max([0.0, *ends])
 
     def place(value: float) -> float:
         return left + (value - low) * PANEL / ((high - low) or 1.0)
@@ -208,8 +212,8 @@ def main() -> None:
     for name in sys.argv[1:] or QUESTIONS:
         (RESULTS / f"{name}.svg").write_text(plot(name))
         before, mark, rest = PAGE.read_text().partition(f"<!-- {name} -->\n")
-        if not mark:
-            raise SystemExit(f"{PAGE}: no line <!-- {name} --> to put the table after")
+        if not mark or END not in rest:
+            raise SystemExit(f"{PAGE}: no lines <!-- {name} --> and {END} to put the table between")
         PAGE.write_text(before + mark + table(name) + END + rest.partition(END)[2])
 
 

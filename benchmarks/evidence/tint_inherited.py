@@ -72,7 +72,7 @@ def handed_on(config: Config, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """One seed."""
-    results = Results("tint_inherited", int(sys.argv[1]))
+    results = Results("tint_inherited", int(sys.argv[1]), VIDEOS)
     for name in sys.argv[2:] or MODELS:
         if name in results.known:
             continue
