@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from helios_train.memory.places import tensors_of
 from helios_train.models.checkpoint import read
 
 DRIVER = Path(__file__).with_name("driver.py")
@@ -169,19 +170,6 @@ def killed_and_resumed(runs: Runs, whole: Path, stage: str, ranks: int, workers:
     assert_same_run(whole, runs.run(name, ranks, workers, *of(stage, runs), "resume=auto"))
 
 
-def last_tensors(folder: Path) -> dict[str, Tensor]:
-    """All of the last checkpoint, by where they are."""
-    found: dict[str, Tensor] = {}
-
-    def collect(what: Any, name: str) -> None:
-        if isinstance(what, Tensor):
-            found[name] = what
-        elif isinstance(what, dict):
-            for key, value in what.items():
-                collect(value, f"{name}.{key}")
-        elif isinstance(what, list | tuple):
-            for number, value in enumerate(what):
-                collect(value, f"{name}.{number}")
-
-    collect(read(max((folder / "checkpoints").glob("*.ckpt"))), "")
-    return found
+def last_tensors(folder: Path) -> list[Tensor]:
+    """All of the last checkpoint, in its order."""
+    return list(tensors_of(read(max((folder / "checkpoints").glob("*.ckpt")))))

@@ -233,8 +233,8 @@ def test_it_goes_on_under_another_memory_choice(tmp_path: Path, tiny_run: Run, m
     tiny_run(*words, "memory=h100_80gb", f"run_dir={cut}", "trainer.max_steps=2", "optimizer.total=4")
     tiny_run(*words, "memory=stream", "memory.gan_replay=false", f"run_dir={cut}", "resume=auto")
     expected, found = last_tensors(whole), last_tensors(cut)
-    assert expected.keys() == found.keys() and any(".critic." in name for name in expected)
-    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    assert len(found) > 50
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_the_negative_prompt_of_the_dataset_reaches_the_teacher(
