@@ -1,7 +1,8 @@
-"""Is a Mid model, coarse to fine in 20+20+20 steps, as good as its Base model in 60, at less cost?
+"""Is a Mid model, coarse to fine, as good as its Base model at equal cost, and at lower?
 
-Samples the captions of held-out clips from both, made first where they are missing (arms.py), and adds what the mid run measured
-on held-out clips: losses by level at its begin and end, and what dropping the history costs each. Writes
+Samples the captions of held-out clips from both, made first where they are missing (arms.py): in as many steps, in as many as
+cost the same (nine of Mid's, three a level, cost what five of Base's do), and in few. Counts what a section costs, and adds what
+the mid run measured on held-out clips: losses by level at its begin and end, and what dropping the history costs each. Writes
 results/evidence/mid_against_base_SEED.json, arm by arm; an arm that is there is not sampled again.
 
 Usage: python benchmarks/evidence/mid_against_base.py SEED [ARM ...]
@@ -15,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from arms import FOLDER, merged
-from quality import Plan, Results
+from quality import Plan, Results, cost
 
 ARMS = {
     "base": ("base", "toy_base", Plan(60)),
     "mid": ("mid", "toy_mid", Plan((20, 20, 20))),
-    "mid_guidance_2": ("mid", "toy_mid", Plan((20, 20, 20), 2.0)),  # the other two at 3
+    "base_guidance_2": ("base", "toy_base", Plan(60, 2.0)),
+    "base_33_guidance_2": ("base", "toy_base", Plan(33, 2.0)),
+    "mid_guidance_2": ("mid", "toy_mid", Plan((20, 20, 20), 2.0)),
+    "base_10_guidance_2": ("base", "toy_base", Plan(10, 2.0)),
+    "mid_18_guidance_2": ("mid", "toy_mid", Plan((6, 6, 6), 2.0)),
 }
 LEVELS = 3
 
@@ -53,6 +58,9 @@ def main() -> None:
         arm, experiment, plan = ARMS[name]
         if name not in results.known:
             results.measure(name, merged(results.seed, arm), experiment, plan)
+        if "gflop_a_section" not in results.known[name]:
+            counted = cost(experiment, merged(results.seed, arm), plan)
+            results.add(name, results.known[name] | {"gflop_a_section": counted})
     mid = FOLDER / seed / "mid" / "metrics.csv"
     if mid.is_file() and "held_out" not in results.known:
         results.add("held_out", held_out(mid))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from helios_train import rng
 from helios_train.conf.compose import compose
@@ -130,6 +131,14 @@ def sample(
     seconds = (time.perf_counter() - begin) / (len(captions) * sections)
     whole = [join_tracks(parts) for parts in tracks]
     return {"latents": latents, "tracks": whole, "by_section": tracks, "seconds": seconds, "settings": asdict(settings)}
+
+
+def cost(experiment: str, folder: Path, plan: Plan) -> float:
+    """GFLOP of a section, the mean of one video's: what a way of sampling costs on any machine, beside any other work."""
+    config = compose([f"experiment={experiment}", "data.size=[64,128]", f"init={folder}"])
+    with FlopCounterMode(display=False) as counter:
+        sample(config, folder, [""], plan)
+    return counter.get_total_flops() / SECTIONS / 1e9
 
 
 def figures(real: Real, latents: list[Tensor], tracks: list[ToyTrack], speed: tuple[float, float]) -> dict[str, Any]:

@@ -103,13 +103,18 @@ QUESTIONS = {
         {
             "base": "Base, 60 steps, guidance 3",
             "mid": "Mid, 20+20+20, guidance 3",
+            "base_guidance_2": "Base, 60 steps, guidance 2",
+            "base_33_guidance_2": "Base, 33 steps, guidance 2",
             "mid_guidance_2": "Mid, 20+20+20, guidance 2",
+            "base_10_guidance_2": "Base, 10 steps, guidance 2",
+            "mid_18_guidance_2": "Mid, 6+6+6, guidance 2",
         },
-        (RIGHT, JUMP, ENERGY),
+        (RIGHT, FOUND, JUMP, ENERGY, Figure("GFLOP a section", 0, _plain("gflop_a_section"))),
     ),
     "distilled_against_teacher": Question(
         {
             "teacher": "teacher: Base, 60 steps, guidance 3",
+            "teacher_guidance_2": "teacher: Base, 60 steps, guidance 2",
             "mid_6": "Mid, 2+2+2, guidance 2",
             "regression_6": "after `ode`, 2+2+2",
             **{f"alone_{count}": f"matching alone, {steps}" for count, steps in STEPS.items()},
