@@ -185,7 +185,9 @@ def test_workers_are_replaced_and_closed(clip: Path) -> None:
             decoder.read(clip, [0])
         assert [len({*pids[:2]}), len({*pids[2:4]}), len({*pids})] == [1, 1, 3]
         assert all(gone(pid) for pid in pids[:4]) and Path(f"/proc/{pids[4]}").exists()
-    assert gone(pids[4]) and decoder.pid is None
+        next(decoder.stream(clip, 4))  # left in the middle: counts as well
+        assert gone(pids[4])
+    assert decoder.pid is None
     decoder.close()  # twice is no error
 
 

@@ -191,13 +191,26 @@ def semantic_by_brightness() -> SemanticConsistency:
     ],
 )
 def test_a_palindrome_does_not_drift(base: VideoMetric, windows: object) -> None:
-    # Each level three times: semantic windows of a palindrome are not mirrored to the frame, and the stand-in takes their mean.
-    half = [7] * 3 + [40] * 3 + [90] * 10 if windows is not semantic_ends else [40] * 20
+    # No two frames of a window are alike, and windows are so short that the semantic score sees all eight: they are mirrored.
+    half = [7, 30, 9, 110, 60, 200, 31, 150, *range(210, 250, 5)]
     video = grey_video([*half, *[1, 255, 3], *half[::-1]], TALL)
     metric = Drift(base, windows)
     metric.update([video], text=["a fox"])
     assert float(metric.compute()) == pytest.approx(0.0, abs=1e-6)
     assert not metric.higher_is_better
+
+
+def test_semantic_drift_sees_the_published_frames_in_their_order() -> None:
+    first, last = (0, 1, 3, 4, 6, 7, 9, 10), (68, 69, 71, 72, 74, 76, 77, 79)  # of 81
+    levels = [200 + t % 50 for t in range(81)]
+    for level, start, end in zip((7, 30, 9, 110, 60, 90, 31, 150), first, last, strict=True):
+        levels[start] = levels[end] = level
+    found = Drift(semantic_by_brightness(), semantic_ends).score(grey_video(levels, TALL), "a fox")
+    assert found.value == pytest.approx(0.0, abs=1e-6) and found.details["start"] > 0.5
+    for frame in (*first, *last):
+        changed = [*levels]
+        changed[frame] = 255
+        assert Drift(semantic_by_brightness(), semantic_ends).score(grey_video(changed, TALL), "a fox").value > 1e-4, frame
 
 
 def test_drift_compares_the_published_windows() -> None:

@@ -153,6 +153,20 @@ def test_what_may_pass_is_tried_again_with_growing_pauses(server: Callable[..., 
     assert all(2**n / 2 <= pause <= 2**n for n, pause in enumerate(pauses))
 
 
+def test_a_video_that_is_refused_is_bad_and_a_model_that_refuses_all_ends_it(server: Callable[..., Any]) -> None:
+    url, got = server((400, "filtered"), said("5"), (400, "filtered"), said("4"))
+    judge = HttpJudge(url, "m")
+    for asked in (2, 3):  # the first time it is asked about a grey picture too
+        with pytest.raises(InputError, match="refuses this video: HTTP 400 filtered"):
+            judge([b"violent"])
+        assert len(got) == asked
+    assert judge([b"mild"]) == "4"
+    url, got = server((400, "no such model"))
+    with pytest.raises(HeliosError, match="refuses m: HTTP 400 no such model; check") as ended:
+        HttpJudge(url, "m")([b""])
+    assert not isinstance(ended.value, InputError) and len(got) == 2
+
+
 def test_what_does_not_pass_ends_it(server: Callable[..., Any]) -> None:
     pauses: list[float] = []
     url, got = server((500, "broken"))

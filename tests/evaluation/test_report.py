@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from io import BytesIO
@@ -51,6 +53,11 @@ class Page(HTMLParser):
 
     def all(self, tag: str, **has: str) -> list[dict[str, str]]:
         return [found for found in self.elements.get(tag, []) if all(found.get(key) == value for key, value in has.items())]
+
+    @property
+    def spaced(self) -> str:
+        """The text and the script, with a space between any two elements."""
+        return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", self.source)).split())
 
     @property
     def charts(self) -> dict[str, list[str]]:
@@ -141,6 +148,26 @@ def test_the_tiles_say_where_the_run_stands(folder: Path) -> None:
     late = [row["student/loss"] for row in rows if row["iteration"] >= 360.5]
     assert tiles["student loss"].value == report.figures.short(sum(late) / len(late))
     assert (tiles["planned peak"].value, tiles["planned peak"].unit) == ("62.6", "GiB")
+
+
+def test_an_alarm_that_is_over_is_told_from_one_that_is_on(bare: Path) -> None:
+    def written(*rows: tuple[int, str, str, str]) -> tuple[Page, dict[str, report.figures.Tile]]:
+        keys = ("iteration", "alarm", "video", "state")
+        (bare / "alarms.jsonl").write_text("".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+        page = Page(report.write(bare))
+        return page, {tile.label: tile for tile in report.figures.tiles(record(bare))}
+
+    first = [(110, "luma", "video/student", "on"), (120, "luma", "video/ema", "on"), (130, "nan", "", "on")]
+    page, tiles = written(*first, (230, "luma", "video/student", "off"), (235, "nan", "", "off"), (1240, "nan", "", "on"))
+    text = page.spaced
+    assert "luma, video/student 1 110 110 230 —" in text and "luma, video/ema 1 120 120 still on —" in text
+    assert "nan 2 130 1,240 still on —" in text and "Alarms what" in text
+    assert text.index("luma, video/ema 1") < text.index("luma, video/student 1")
+    assert (tiles["alarms"].value, tiles["alarms"].note, tiles["alarms"].bad) == ("4", "newest at 1,240, 2 still on", True)
+    page, tiles = written((100, "luma", "", "off"), *first[:1], (230, "luma", "video/student", "off"))
+    assert "Alarms, all of them over" in page.text and "still on" not in page.text
+    assert page.all("section", id="alarms")[0]["class"] == "alarms warnings" and "missing, damaged" not in page.text
+    assert (tiles["alarms"].value, tiles["alarms"].note, tiles["alarms"].bad) == ("1", "newest at 110, all over", False)
 
 
 def test_text_of_others_is_text(folder: Path) -> None:
@@ -316,7 +343,7 @@ def test_runs_of_one_name_are_told_apart_and_one_is_no_comparison(folder: Path, 
     assert "Nothing, in what could be read" in page.text
     same = Page(report.compare([folder, folder, folder], tmp_path / "compare.html"))
     assert "first (3)" in same.text
-    with pytest.raises(InputError, match="2 to 7 runs, not 1"):
+    with pytest.raises(InputError, match="2 to 7 runs or evaluations, not 1"):
         report.compare([folder], tmp_path / "compare.html")
 
 

@@ -195,3 +195,9 @@ def test_a_healthy_toy_run_raises_no_alarm(tmp_path: Path, seed: int) -> None:
     assert alarms(tmp_path / "run") == []
     looked = column(tmp_path / "run", "health/alarm/saturation")
     assert [step for step, _ in looked] == [100, 150]
+
+
+def test_by_default_a_run_is_looked_at_as_often_as_it_is_validated() -> None:
+    for words in ([], ["stage=mid"], ["stage=distill"], ["experiment=toy_base"]):
+        watch = compose.compose(words).watch
+        assert watch.sample and watch.alarms.enabled and 0 < watch.sample_every <= watch.every, words

@@ -83,13 +83,15 @@ class Decoder:
         """All frames from the first to the last, `count` at a time, each decoded once; for the rest as `read`. One video at a
         time: what is asked of this decoder in between may end the worker, and the stream with it. `timeout` is a block's."""
         done = 0
-        while True:
-            _, frames = self._ask(path, {"path": str(path), "from": done, "count": count})
-            if frames is None:
-                break
-            done += len(frames)
-            yield frames
-        self._count_read()
+        try:
+            while True:
+                _, frames = self._ask(path, {"path": str(path), "from": done, "count": count})
+                if frames is None:
+                    break
+                done += len(frames)
+                yield frames
+        finally:  # whoever has seen enough leaves in the middle
+            self._count_read()
 
     def _count_read(self) -> None:
         """One more; after so many, the worker goes."""

@@ -52,8 +52,8 @@ class MotionAmplitude(VideoMetric):
     """How much moves, in pixels a frame at 640 columns, over all neighbouring frames; both figures stand in the details.
 
     `helios_compat`, as published: |mean of u and v over time and picture|. It is a net drift: (a, -a), zooms, rotations and
-    motion back and forth cancel. `magnitude`: mean |(u, v)|. The published maps are first shrunk by area, which leaves their mean
-    as it is.
+    motion back and forth cancel. `magnitude`: mean |(u, v)|, a figure of its own that published thresholds do not rate. The
+    published maps are first shrunk by area, which leaves their mean as it is.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class MotionAmplitude(VideoMetric):
     ):
         super().__init__((flow_fn or farneback(),), **options)
         self.mode = mode
+        self.variant = "" if mode == "helios_compat" else f"motion_{mode}"
 
     def begin(self, clip: Clip) -> Scorer:
         """Sums over pairs of frames. InputError for a single frame."""

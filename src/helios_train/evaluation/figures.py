@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Raised:
-    """The alarms of one name: how often, from when to when, and the newest."""
+    """The alarms of one name: how often, since when, and the newest."""
 
     name: str
     times: int
@@ -71,8 +71,13 @@ def tiles(run: Record) -> list[Tile]:
 
 def _health(run: Record) -> Iterator[Tile]:
     if run.watched:
-        note = f"newest at {run.alarms[-1].iteration:,}" if run.alarms else "none was raised"
-        yield Tile("alarms", f"{len(run.alarms):,}", note, bad=bool(run.alarms))
+        on = sum(raised.newest.over is None for raised in _raised(run))
+        note = (
+            f"newest at {run.alarms[-1].iteration:,}, {f'{on} still on' if on else 'all over'}"
+            if run.alarms
+            else "none was raised"
+        )
+        yield Tile("alarms", f"{len(run.alarms):,}", note, bad=on > 0)
     skipped = [series for column, series in run.columns.items() if Name.of(column).leaf == "skipped"]
     if skipped:
         total = sum(series.last for series in skipped)
@@ -80,13 +85,16 @@ def _health(run: Record) -> Iterator[Tile]:
 
 
 def alarms(run: Record) -> tuple[list[Raised], int]:
-    """Alarms by name, the newest first, and how many names are left out."""
+    """Alarms by name, those that are on before those that are over, the newest first; and how many names are left out."""
+    found = sorted(_raised(run), key=lambda raised: (raised.newest.over is not None, -raised.newest.iteration))
+    return found[:SHOWN_ALARMS], max(0, len(found) - SHOWN_ALARMS)
+
+
+def _raised(run: Record) -> list[Raised]:
     groups: dict[str, list[Alarm]] = {}
     for alarm in run.alarms:
         groups.setdefault(alarm.name, []).append(alarm)
-    found = [Raised(name[:200], len(group), group[0].iteration, group[-1]) for name, group in groups.items()]
-    found.sort(key=lambda raised: -raised.newest.iteration)
-    return found[:SHOWN_ALARMS], max(0, len(found) - SHOWN_ALARMS)
+    return [Raised(name[:200], len(group), group[0].iteration, group[-1]) for name, group in groups.items()]
 
 
 def settings(video: Video) -> str:

@@ -47,6 +47,7 @@ class VideoMetric(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    variant = ""  # the name of a form of its own, which thresholds of the published form do not rate
     unnumbered: Tensor
     count: Tensor
     ids: Any  # list[Tensor], and a Tensor while ranks are synchronised

@@ -1,4 +1,4 @@
-"""What a run folder holds, read for a page about it: whatever is missing or damaged becomes a note, never an error."""
+"""What the folder of a run or an evaluation holds, read for a page about it: whatever is missing or damaged is noted."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import numpy as np
 import yaml
 
 from helios_train.errors import InputError
+from helios_train.evaluation.ratings import RULES
+from helios_train.evaluation.results import MERGED
 from helios_train.evaluation.thinning import Series, Thinned
 from helios_train.run import RunFolder
 
@@ -25,12 +27,14 @@ ALARMS = 10_000  # alarms a page is made of
 LARGEST = 1e30  # size from which a value counts as infinite
 TEXT = 200_000  # characters of a text file that a page shows
 STEM = re.compile(r"(\d{1,12})_(.*)")  # of a sampled video: iteration, what it shows
+RECORDS, THROUGHPUT = "records", "throughput.json"  # of task=evaluate
 ROLES = ("student", "ema", "teacher", "critic")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Alarm:
-    """The begin of one alarm in alarms.jsonl; what it does not say is None. `column`: of metrics.csv, that it is about."""
+    """An alarm of alarms.jsonl, by its begin; what that does not say is None. `column`: of metrics.csv, that it is about; `over`:
+    the iteration at which it was over, None for one that still is on."""
 
     iteration: int
     name: str
@@ -38,6 +42,7 @@ class Alarm:
     limit: float | None
     message: str
     column: str = ""
+    over: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,10 @@ class Video:
 
 @dataclass
 class Record:
-    """One run. `notes`: what is missing or damaged, a sentence each. `infinite`: values of a column that are infinite."""
+    """One folder. `notes`: what is missing or damaged, a sentence each. `infinite`: values of a column that are infinite.
+
+    `is_run`: whether it holds a run; `merged`, `measured` (by metric) and `throughput`: what files of an evaluation hold.
+    """
 
     path: Path
     card: str = ""
@@ -81,6 +89,10 @@ class Record:
     videos: list[Video] = field(default_factory=list)
     plan: dict[str, Any] = field(default_factory=dict)
     environments: list[dict[str, Any]] = field(default_factory=list)
+    is_run: bool = True
+    merged: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
+    throughput: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -104,11 +116,15 @@ class Record:
 
 
 def record(path: Path) -> Record:
-    """Reads a run folder; InputError where there is no such folder."""
+    """Reads the folder of a run, an evaluation or both; InputError where there is no such folder."""
     folder = RunFolder(path)
     if not folder.path.is_dir():
         raise InputError(f"{path}: no such run folder")
     run = Record(folder.path)
+    evaluated = _evaluation(run)
+    run.is_run = not evaluated or any(file.exists() for file in (folder.config, folder.card, folder.metrics, folder.checkpoints))
+    if not run.is_run:
+        return run
     run.card = _text(run, folder.card) or ""
     run.config_text = _text(run, folder.config) or ""
     run.config = _config(run, folder.config.name)
@@ -173,6 +189,22 @@ def _json(run: Record, path: Path, kind: type) -> Any:
         return found
     run.notes.append(f"{path.name} is damaged")
     return None
+
+
+def _evaluation(run: Record) -> bool:
+    """What task=evaluate left in a folder; whether it was there."""
+    merged, speed = run.path / MERGED, run.path / THROUGHPUT
+    if not merged.is_file():
+        begun = (run.path / RECORDS).is_dir()
+        if begun:
+            run.notes.append(f"{MERGED} is not there: the evaluation is not finished")
+        return begun
+    run.merged = _json(run, merged, dict) or {}
+    for name in RULES:
+        file = run.path / f"{name}_results.json"
+        run.measured |= {name: _json(run, file, dict) or {}} if file.is_file() else {}
+    run.throughput = _json(run, speed, dict) or {} if speed.is_file() else {}
+    return True
 
 
 def _metrics(run: Record, path: Path) -> None:
@@ -247,13 +279,18 @@ def _alarms(run: Record, path: Path) -> None:
     if not path.is_file():
         return
     damaged, alarms = 0, deque[Alarm](maxlen=ALARMS)
+    on: dict[str, Alarm] = {}  # by name
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             for line in filter(str.strip, file):
                 try:
                     row = json.loads(line)
+                    alarm = _alarm(row)
                     if row["state"] == "on":
-                        alarms.append(_alarm(row))
+                        alarms.append(alarm)
+                        on[alarm.name] = alarm
+                    elif row["state"] == "off" and alarm.name in on:
+                        on.pop(alarm.name).over = alarm.iteration
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                     damaged += 1
     except OSError as error:

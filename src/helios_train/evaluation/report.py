@@ -1,4 +1,5 @@
-"""report.html: a run on one page, and several runs on one; made of the files of a run folder alone, needs nothing but a browser.
+"""report.html: a run on one page, and several runs or evaluations on one; made of the files of their folders alone, needs nothing
+but a browser.
 
 A page holds everything it shows, stays under 15 MB, and says what was missing, damaged or left out.
 """
@@ -19,10 +20,11 @@ from markupsafe import Markup
 
 from helios_train import run as run_folders
 from helios_train.errors import InputError
-from helios_train.evaluation import curves, figures
+from helios_train.evaluation import curves, figures, scores
 from helios_train.evaluation.charts import CATEGORIES, Chart, Drawn, draw
 from helios_train.evaluation.page_videos import Album, Shown, album
 from helios_train.evaluation.recorded import Record, Video, record
+from helios_train.evaluation.results import labels as labels_of
 
 LIMIT = 15_000_000  # bytes of a page
 MARGIN = 50_000  # of them kept free: a page with videos has a few more words than the one measured without
@@ -89,14 +91,16 @@ def write(run_folder: Path) -> Path:
 
 
 def compare(folders: Sequence[Path], output: Path) -> Path:
-    """Makes one page at `output` with 2 to 7 runs side by side, whole or not at all, and returns its path.
+    """Makes one page at `output` with 2 to 7 runs or evaluations side by side, whole or not at all, and returns its path.
 
-    InputError for another number of runs, where one is no folder, or nothing can be written.
+    InputError for another number of folders, where one is no folder, or nothing can be written.
     """
     if not 2 <= len(folders) <= CATEGORIES:
-        raise InputError(f"a page compares 2 to {CATEGORIES} runs, not {len(folders)}; name as many run folders")
+        raise InputError(f"a page compares 2 to {CATEGORIES} runs or evaluations, not {len(folders)}; name as many folders")
     runs = [record(Path(folder)) for folder in folders]
-    labels = _labels(runs)
+    labels = labels_of([run.path for run in runs])
+    trained = [place for place, run in enumerate(runs) if run.is_run]
+    evaluated = {place: found for place, run in enumerate(runs) if (found := scores.scores(run)) is not None}
     sections, notes = _sections(curves.compared(runs, labels))
     newest = [{video.name: video for video in run.videos} for run in runs]  # by iteration: the last of a name stays
     names = list(dict.fromkeys(name for found in newest for name in found))
@@ -111,10 +115,14 @@ def compare(folders: Sequence[Path], output: Path) -> Path:
         return _render(
             "compare.html.j2",
             title=f"{' · '.join(labels)} · compared",
-            runs=list(zip(runs, labels, [figures.tiles(run) for run in runs], strict=True)),
+            runs=list(zip(runs, labels, [_tiles(run, evaluated.get(place)) for place, run in enumerate(runs)], strict=True)),
             labels=labels,
-            differences=figures.differences(runs),
-            finals=figures.finals(runs),
+            trained=trained,
+            evaluated=list(evaluated),
+            scores=scores.table(list(evaluated.values())) if evaluated else [],
+            apart=scores.differing(list(evaluated.values())),
+            differences=figures.differences([runs[place] for place in trained]),
+            finals=figures.finals([runs[place] for place in trained]),
             sections=sections,
             rows=[(name, [shown.get(id(one[name])) if name in one else None for one in newest]) for name in names],
             notes=[
@@ -195,14 +203,9 @@ def _moments(shown: Sequence[Shown]) -> list[tuple[int, list[Shown]]]:
     return sorted(moments.items(), reverse=True)
 
 
-def _labels(runs: Sequence[Record]) -> list[str]:
-    """Names of the runs, with as much of their paths as tells them apart; numbered where that is nothing."""
-    parts = [run.path.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts)) + 1):
-        labels = ["/".join(part[-depth:]) for part in parts]
-        if len(set(labels)) == len(labels):
-            return labels
-    return [f"{run.name} ({number})" for number, run in enumerate(runs, start=1)]
+def _tiles(run: Record, evaluation: scores.Scores | None) -> list[figures.Tile]:
+    """Of a run, an evaluation, or a folder that holds both."""
+    return [*(figures.tiles(run) if run.is_run else ()), *(scores.tiles(evaluation) if evaluation else ())]
 
 
 def _render(template: str, **what: Any) -> str:

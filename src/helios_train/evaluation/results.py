@@ -1,11 +1,13 @@
 """Results in HeliosBench's layout: {metric}_results.json, merged_results.json of a model, all_models_merged.json of several.
 
-Beyond the published keys a metric's file names the videos that have no score (`failed`) and what they count as.
+Beyond the published keys a metric's file names the videos that have no score (`failed`) and what they count as, and merged
+results say what was measured and has no rating (`not_rated`), and why.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,11 +34,12 @@ class Failure(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """A metric over all videos: mean, mean with sign, how many are in it."""
+    """A metric over all videos: mean, mean with sign, how many are in it; the metric's `variant`, "" for the published form."""
 
     value: float
     signed: float
     videos: int
+    variant: str = ""
 
 
 def mean_of(metric: VideoMetric, scored: Scored, failed: Sequence[Failure], worst: bool) -> Mean:
@@ -48,15 +51,16 @@ def mean_of(metric: VideoMetric, scored: Scored, failed: Sequence[Failure], wors
         metric.add([(failure.number, bad) for failure in failed])
     count = len({number for number, *_ in scored} | ({failure.number for failure in failed} if worst else set()))
     with torch.no_grad():
-        return Mean(float(metric.compute()) if count else float("nan"), float(metric.signed()) if count else 0.0, count)
+        value, signed = (float(metric.compute()), float(metric.signed())) if count else (math.nan, 0.0)
+    return Mean(value, signed, count, metric.variant)
 
 
 def write_metric(folder: Path, name: str, scored: Scored, failed: Sequence[Failure], mean: Mean, worst: bool) -> None:
     """{name}_results.json."""
     drift = RULES[name].drift
     base = name.removeprefix("drifting_")
-    said = PUBLISHED.get(name, name)
-    score_key = f"drift_{base}_score" if drift else PUBLISHED.get(name, f"{name}_score")
+    said = mean.variant or PUBLISHED.get(name, name)
+    score_key = f"drift_{base}_score" if drift else mean.variant or PUBLISHED.get(name, f"{name}_score")
     rows = []
     for _, video, score in scored:
         row: dict[str, Any] = {"id": video.id, "video_name": video.path.name, score_key: score.value}
@@ -78,7 +82,7 @@ def write_metric(folder: Path, name: str, scored: Scored, failed: Sequence[Failu
 
 def write_merged(folder: Path, means: Mapping[str, Mean], length: Length, strict_compat: bool) -> dict[str, Any]:
     """merged_results.json; returns its summary."""
-    rated = ratings({name: mean.value for name, mean in means.items()}, length, strict_compat)
+    rated = ratings({name: mean.value for name, mean in means.items() if not mean.variant}, length, strict_compat)
     summary: dict[str, Any] = {"non_drifting": {}, "drifting": {}, "total_weighted_rating": total(rated, length, strict_compat)}
     for name, rating in rated.items():
         summary["drifting" if RULES[name].drift else "non_drifting"][name] = {
@@ -88,28 +92,56 @@ def write_merged(folder: Path, means: Mapping[str, Mean], length: Length, strict
             "rating": rating,
             "num_videos": means[name].videos,
         }
-    about = {"length": length, "thresholds": "published" if strict_compat else "mended"}
+    not_rated = {
+        name: {"raw_score": _finite(mean.value), "num_videos": mean.videos, "reason": _unrated(name, mean, length)}
+        for name, mean in means.items()
+        if name not in rated
+    }
+    about = {"length": length, "thresholds": "published" if strict_compat else "mended", "not_rated": not_rated}
     _write(folder / MERGED, {"rating_scale": BEST, "summary": summary, "per_video": {}, **about})
     return summary
 
 
-def write_all(folders: Sequence[Path], output: Path) -> Path:
-    """all_models_merged.json in the folder `output`, of evaluated folders. InputError where one was not evaluated."""
+def _unrated(name: str, mean: Mean, length: Length) -> str:
+    if mean.variant:
+        return f"{mean.variant} is not the published form, which the thresholds are of"
+    if math.isnan(mean.value):
+        return "no video has a score"
+    if length not in RULES[name].weights:
+        return f"has no weight for {length} videos"
+    return "a mean of 0 is left out, as published"
+
+
+def write_all(folders: Sequence[Path], output: Path) -> Path | None:
+    """all_models_merged.json in the folder `output`, of those folders that were evaluated, each under its label among all; None
+    where none was. InputError where results are damaged."""
     models: dict[str, dict[str, Any]] = {}
-    for folder in folders:
+    for label, folder in zip(labels(folders), folders, strict=True):
+        if not (folder / MERGED).is_file():
+            continue
         try:
             summary = json.loads((folder / MERGED).read_text(encoding="utf-8"))["summary"]
             rated = {name: entry["rating"] for kind in ("non_drifting", "drifting") for name, entry in summary[kind].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder / MERGED}: no results ({error}); evaluate that model first") from error
-        if folder.name in models:
-            raise InputError(f"{folder}: another model is called {folder.name}; rename one of the folders")
-        models[folder.name] = rated | {"total_weighted_rating": summary["total_weighted_rating"]}
+            raise InputError(f"{folder / MERGED}: no results ({error}); evaluate that model again") from error
+        models[label] = rated | {"total_weighted_rating": summary["total_weighted_rating"]}
+    if not models:
+        return None
     metrics = [name for name in RULES if any(name in rated for rated in models.values())]
     content = {"num_models": len(models), "score_type": "rating", "metrics": metrics, "models": models, "rating_scale": BEST}
     output.mkdir(parents=True, exist_ok=True)
     _write(output / ALL, content)
     return output / ALL
+
+
+def labels(folders: Sequence[Path]) -> list[str]:
+    """Names of folders, with as much of their paths as tells them apart; numbered where that is nothing."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        found = ["/".join(part[-depth:]) for part in parts]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{folder.resolve().name} ({number})" for number, folder in enumerate(folders, start=1)]
 
 
 def _finite(value: float) -> float | None:

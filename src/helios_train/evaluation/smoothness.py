@@ -35,12 +35,14 @@ class MotionSmoothness(VideoMetric):
         return _Odd(self)
 
     def between(self, before_N3HW: Tensor, after_N3HW: Tensor) -> Tensor:
-        """uint8 frames half way between uint8 frames."""
+        """uint8 frames half way between uint8 frames. InputError where they are no numbers, which would become black."""
         height, width = before_N3HW.shape[2:]
         down, right = -height % SIDE, -width % SIDE
         pad = (right // 2, right - right // 2, down // 2, down - down // 2)
         given = (F.pad(frames.to(self.device).float() / 255, pad, mode="replicate") for frames in (before_N3HW, after_N3HW))
         made = self._nets[0](*given)[:, :, pad[2] : pad[2] + height, pad[0] : pad[0] + width]
+        if not bool(made.isfinite().all()):
+            raise InputError("the interpolator gives what is no finite number; see to its weights")
         return (made.float() * 255 + ROUNDING).clamp(0, 255).to(torch.uint8).cpu()
 
 

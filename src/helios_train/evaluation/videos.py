@@ -31,11 +31,13 @@ class Video(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Videos in order, ids of the list that have none, and files that are left out with the reason."""
+    """Videos in order, ids of the list that have none, files that are left out with the reason, and the names of planned videos
+    that are not there yet."""
 
     videos: list[Video]
     missing: list[int]
     left_out: dict[str, str]
+    unmade: tuple[str, ...] = ()
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -46,7 +48,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             absent = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if absent:
                 raise InputError(f"{path}: has no column {absent[0]}; its first line must name {', '.join(COLUMNS)}")
-            rows = [Prompt(int(row["id"]), row["prompt"], int(row["duration"])) for row in reader]
+            rows = [_prompt(row) for row in reader]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise InputError(f"{path}: is no list of prompts ({error}); give a CSV with columns {', '.join(COLUMNS)}") from error
     twice = sorted({row.id for row in rows if sum(other.id == row.id for other in rows) > 1})
@@ -55,17 +57,31 @@ def read_prompts(path: Path) -> list[Prompt]:
     return rows
 
 
-def find(folder: Path, prompts: list[Prompt] | None) -> Found:
+def _prompt(row: dict[str, str]) -> Prompt:
+    """ValueError where a row lacks something."""
+    prompt = Prompt(int(row["id"]), row["prompt"] or "", int(row["duration"]))
+    if not prompt.prompt.strip() or prompt.duration < 1:
+        raise ValueError(f"id {prompt.id} has {'no prompt' if prompt.duration > 0 else f'{prompt.duration} frames'}")
+    return prompt
+
+
+def find(folder: Path, prompts: list[Prompt] | None, planned: list[str] | None = None) -> Found:
     """The mp4 files of a folder: with prompts those called {id}_{frames}_ori{frames}.mp4, else all, with the "caption" of the
-    JSON of the same name. InputError where there are none, or two videos have one id."""
+    JSON of the same name. planned: names, without .mp4, of the videos that there are to be; others, of an earlier plan, are left
+    out. InputError where there are none, or two videos have one id."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of videos")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".mp4" and path.is_file())
+    others = [] if planned is None else [path for path in files if path.stem not in planned]
+    files = [path for path in files if path not in others]
     if prompts is None:
         found = Found([Video(path.stem, path, _caption(path)) for path in files], [], {})
     else:
         found = _listed(files, {row.id: row for row in prompts})
-    if not found.videos:
+    earlier = {path.name: "is none of those that are sampled now" for path in others}
+    unmade = tuple(sorted(set(planned or ()) - {path.stem for path in files}))
+    found = found._replace(left_out=found.left_out | earlier, unmade=unmade)
+    if not found.videos and not unmade:
         wanted = "mp4 files" if prompts is None else "videos {id}_{frames}_ori{frames}.mp4 with an id of the prompt list"
         raise InputError(f"{folder}: holds no {wanted}; name the folder that does")
     return found

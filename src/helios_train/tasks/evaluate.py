@@ -36,7 +36,7 @@ from helios_train.tasks.progress import Progress
 
 SHORT = 81  # frames of a video that count in a short evaluation
 NAMED = 5  # things a line names before it counts the others
-THROUGHPUT, PAGE = "throughput.json", "compare.html"
+THROUGHPUT, TOOK, PAGE = "throughput.json", "seconds", "compare.html"
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
@@ -52,27 +52,32 @@ def run(config: Config, raw: dict[str, Any]) -> None:
         print(compare([Path(folder) for folder in wanted.compare], output))
         return
     prompts = read_prompts(Path(wanted.prompts)) if wanted.prompts else None
-    folder = Path(wanted.videos) if wanted.videos else sample_videos(config, prompts)
-    evaluation = Evaluation(wanted, find(folder, prompts), build.device(config))
+    sampled = None if wanted.videos else sample_videos(config, prompts)
+    folder, planned = (sampled.folder, sampled.names) if sampled else (Path(wanted.videos or ""), None)
+    evaluation = Evaluation(wanted, find(folder, prompts, planned), build.device(config), planned)
     evaluation.tell()
     evaluation.score()
+    if sampled:
+        sampled.write_throughput(output)
     print("\n".join(evaluation.finish()))
 
 
 def compare(folders: list[Path], output: Path) -> Path:
     """The page that puts folders side by side; of those that were evaluated, all_models_merged.json too."""
-    evaluated = [folder for folder in folders if (folder / "merged_results.json").is_file()]
-    if evaluated:
-        write_all(evaluated, output)
+    write_all(folders, output)
     report = importlib.import_module("helios_train.evaluation.report")  # it draws: only who compares waits for that
     return report.compare(folders, output / PAGE)
 
 
 class Evaluation:
-    """The videos of a folder, the metrics, and what is known already."""
+    """The videos of a folder, the metrics, and what is known already. planned: names of all videos that there are to be, where
+    other processes may still be sampling some."""
 
-    def __init__(self, keys: Evaluate, found: Found, device: torch.device):
+    def __init__(self, keys: Evaluate, found: Found, device: torch.device, planned: Sequence[str] | None = None):
         self.keys, self.found = keys, found
+        names = planned or [video.path.stem for video in found.videos]
+        part, parts = map(int, keys.part.split("/"))
+        self.mine = [video for video in found.videos if names.index(video.path.stem) % parts == part - 1]
         captions = any(video.text for video in found.videos)
         self.measures, self.left_out = measures.chosen(keys, captions, device)
         self.records = Records(Path(keys.output) / "records")
@@ -93,10 +98,8 @@ class Evaluation:
 
     def score(self) -> None:
         """Computes what is missing of this process's share, video by video. InputError for a bad one with evaluate.bad=stop."""
-        part, parts = map(int, self.keys.part.split("/"))
-        mine = self.found.videos[part - 1 :: parts]
-        with Progress("evaluating", len(mine), "videos") as progress, Decoder(self.keys.timeout) as decoder:
-            for video in mine:
+        with Progress("evaluating", len(self.mine), "videos") as progress, Decoder(self.keys.timeout) as decoder:
+            for video in self.mine:
                 record = self.records.of(video)
                 if missing := [each for each in self.measures if record.score(each.name, self._key(each, video)) is None]:
                     found = score_video(video, record.digest, missing, decoder, self.keys.length)
@@ -109,7 +112,7 @@ class Evaluation:
                         else:
                             record.failed[measure.name] = result
                     self.records.keep(video, record)
-                    if record.failed and self.keys.bad == "stop":
+                    if self.keys.bad == "stop" and any(each.name in record.failed for each in self.measures):
                         raise InputError(f"{_named(video, record)}; repair or remove it, or set evaluate.bad=worst or skip")
                 progress.advance()
 
@@ -117,7 +120,7 @@ class Evaluation:
         """Writes the results of all videos that any process has scored; returns lines for people."""
         known = [(number, video, self.records.of(video)) for number, video in enumerate(self.found.videos)]
         unscored = sum(not all(self._known(record, each, video) for each in self.measures) for _, video, record in known)
-        if unscored:
+        if unscored := unscored + len(self.found.unmade):
             return [f"{unscored} videos are other processes' (evaluate.part={self.keys.part}); who is last writes the results"]
         output, worst = Path(self.keys.output), self.keys.bad == "worst"
         means: dict[str, Mean] = {}
@@ -180,8 +183,12 @@ def score_video(
         done = 0
         for pixels in decoder.stream(video.path, BLOCK):
             block = Block(done, pixels[: frames - done])
-            for scorer in scorers.values():
-                scorer.feed(block)
+            for name, scorer in list(scorers.items()):
+                try:
+                    scorer.feed(block)
+                except InputError as error:
+                    results[name] = str(error)
+                    del scorers[name]
             done += len(block)
             if done >= frames:
                 break
@@ -189,9 +196,12 @@ def score_video(
         return {measure.name: str(error) for measure in wanted}
     for name, scorer in scorers.items():
         try:
-            results[name] = scorer.end()
+            score = scorer.end()
         except InputError as error:
             results[name] = str(error)
+        else:
+            finite = math.isfinite(score.value) and math.isfinite(score.signed)
+            results[name] = score if finite else f"{name} is no finite number; see to the network that computes it"
     return results
 
 
@@ -202,6 +212,32 @@ class Sampling:
     config: Config
     jobs: list[sample.Job]
     folder: Path
+
+    @property
+    def names(self) -> list[str]:
+        """Of the videos' files, in their order."""
+        return [job.name for job in self.jobs]
+
+    def took(self, name: str, frames: int, seconds: float, warm_up: bool) -> None:
+        """Keeps what a video took, for whoever writes the results; the first of a process warms up."""
+        row = {"video_name": f"{name}.mp4", "frames": frames, "seconds": seconds, "warm_up": warm_up}
+        path = self.folder / TOOK / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        write(path, json.dumps(row) + "\n")
+
+    def write_throughput(self, output: Path) -> None:
+        """throughput.json: frames a second over the videos that any process has sampled, but for those that warmed up."""
+        paths = [self.folder / TOOK / f"{name}.json" for name in self.names]
+        rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        metric = Throughput()
+        for row in rows:
+            if not row["warm_up"]:
+                metric.update(row["frames"], row["seconds"])
+        measured = float(metric.compute()) if metric.frames else None
+        rating = throughput_rating(measured) if measured else None
+        warm_up = sum(row["warm_up"] for row in rows)
+        content = {"frames_per_second": measured, "rating": rating, "warm_up_videos": warm_up, "per_video_results": rows}
+        write(output / THROUGHPUT, json.dumps(content, indent=2) + "\n")
 
     def missing(self) -> list[sample.Job]:
         """Those that are not there, whole, with the caption and the length that are wanted."""
@@ -216,21 +252,20 @@ class Sampling:
             return False
 
 
-def sample_videos(config: Config, prompts: list[Prompt] | None) -> Path:
-    """Samples from `init` what is not there yet, and returns the folder; prompts give captions and lengths, else evaluate.sample
+def sample_videos(config: Config, prompts: list[Prompt] | None) -> Sampling:
+    """Samples from `init` this process's share of what is not there yet; prompts give captions and lengths, else evaluate.sample
     does. Weights or settings that differ make another folder."""
     assert config.evaluate is not None
     plan = sampling(config, prompts)
+    plan.folder.mkdir(parents=True, exist_ok=True)
     missing = plan.missing()
     if len(missing) < len(plan.jobs):
         print(f"{len(plan.jobs) - len(missing)} of {len(plan.jobs)} videos are there already", flush=True)
     part, parts = map(int, config.evaluate.part.split("/"))
     mine = [job for job in missing if plan.jobs.index(job) % parts == part - 1]
-    made = []
-    for each in sample.sampled(plan.config, mine, plan.folder) if mine else ():
-        made.append((each.saved.mp4.name, json.loads(each.saved.facts.read_text())["frames"], each.seconds))
-        _write_throughput(Path(config.evaluate.output), made)
-    return plan.folder
+    for number, each in enumerate(sample.sampled(plan.config, mine, plan.folder) if mine else ()):
+        plan.took(each.saved.mp4.stem, json.loads(each.saved.facts.read_text())["frames"], each.seconds, warm_up=number == 0)
+    return plan
 
 
 def sampling(config: Config, prompts: list[Prompt] | None) -> Sampling:
@@ -272,18 +307,6 @@ def _settings_key(config: Config) -> str:
     said = {name: keys[name] for name in keys if name not in ("output", "prompt", "count", "sections")}
     parts = [asdict(part) for part in (config.codec, config.text, config.model)]
     return key({"init": sameness.place(config.init), "weights": weights, "sample": said, "parts": parts, "seed": config.seed})
-
-
-def _write_throughput(output: Path, made: Sequence[tuple[str, int, float]]) -> None:
-    """throughput.json: frames a second over all videos of this process but its first, which warms up."""
-    metric = Throughput()
-    for _, frames, seconds in made[1:]:
-        metric.update(frames, seconds)
-    measured = float(metric.compute()) if len(made) > 1 else None
-    rows = [{"video_name": name, "frames": frames, "seconds": seconds} for name, frames, seconds in made]
-    rating = throughput_rating(measured) if measured else None
-    content = {"frames_per_second": measured, "rating": rating, "warm_up_videos": 1, "per_video_results": rows}
-    write(output / THROUGHPUT, json.dumps(content, indent=2) + "\n")
 
 
 def _named(video: Video, record: Record) -> str:

@@ -64,7 +64,7 @@ class Job:
 
 
 class Made(NamedTuple):
-    """A sampled video, what was seen of it, and the seconds it took from caption to file."""
+    """A sampled video, what was seen of it, and the seconds it took from caption to pixels."""
 
     saved: SavedVideo
     seen: Seen
@@ -123,9 +123,8 @@ def sampled(config: Config, jobs: Sequence[Job], folder: Path) -> Iterator[Made]
     for done, job in enumerate(jobs, start=1):
         print(f"sampling {done} of {len(jobs)}: {job.caption}", flush=True)
         plan = job.sections, wanted.steps, wanted.guidance
-        began = time.perf_counter()
         saved, seen = sampler.sample(transformer, job.prompt, job.number, *plan, folder, job.name)
-        yield Made(saved, seen, time.perf_counter() - began + encoding)
+        yield Made(saved, seen, seen.seconds + encoding)
 
 
 @dataclass(frozen=True)
@@ -198,10 +197,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was measured of a sampled video: how it drifts, and the verdict on a toy caption ({} for others)."""
+    """What was measured of a sampled video: how it drifts, the verdict on a toy caption ({} for others), and the seconds it took,
+    from an encoded caption to pixels: neither what is measured nor the file are in them."""
 
     drift: Drift
     toy: dict[str, Any]
+    seconds: float
 
 
 class VideoSampler:
@@ -252,8 +253,10 @@ class VideoSampler:
         guard = DriftGuard(self.seed) if self.drift else None
         with VideoFiles(folder, name or file_name(number, script), self.fps, sections) as files:
             made = self._sections(transformer, script, number, (sections, each, guidance), guard)
+            seconds, began = 0.0, time.perf_counter()
             for done, latents in enumerate(made, start=1):
-                frames = pixels(self.codec, latents)[0]
+                frames = pixels(self.codec, latents)[0]  # on the host: the device has done all of it
+                seconds += time.perf_counter() - began
                 files.add(frames)
                 meter.add(frames)
                 meter.add_latents(latents[0])
@@ -261,7 +264,9 @@ class VideoSampler:
                     tracks.append(track(frames))
                 if self.told:
                     self.told(done, sections)
-            seen = Seen(meter.result(), dict(judge(join_tracks(tracks), caption, self.toy_speed)) if judging else {})
+                began = time.perf_counter()
+            verdict = dict(judge(join_tracks(tracks), caption, self.toy_speed)) if judging else {}
+            seen = Seen(meter.result(), verdict, seconds)
             facts: dict[str, Any] = {"seed": self.seed, "number": number, "steps": each, "guidance": guidance, "toy": seen.toy}
             facts["drift"] = seen.drift.facts()
             if len(script.captions) > 1:
