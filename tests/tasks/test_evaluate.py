@@ -417,7 +417,8 @@ def test_magnitude_is_not_called_or_rated_as_the_published_amplitude(
     assert merged["not_rated"]["motion_amplitude"]["raw_score"] == found["average_score"]
     assert "not the published form" in merged["not_rated"]["motion_amplitude"]["reason"]
     assert merged["summary"]["total_weighted_rating"] == 10.0
-    assert "of 1 of 9 metrics" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of 1 of 9 metrics" in said and "\nmotion_magnitude " in said and "\nmotion_amplitude " not in said
 
 
 def test_a_model_is_sampled_then_scored(

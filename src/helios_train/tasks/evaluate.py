@@ -143,7 +143,7 @@ class Evaluation:
         lines = [f"{'metric':28} {'mean':>9} {'rating':>6} {'videos':>6}"]
         for name, mean in means.items():
             rating = rated[name]["rating"] if name in rated else "-"
-            lines.append(f"{name:28} {mean.value:9.5f} {rating:>6} {mean.videos:6}")
+            lines.append(f"{mean.variant or name:28} {mean.value:9.5f} {rating:>6} {mean.videos:6}")
         if summary["total_weighted_rating"] is not None:
             rules = sum(self.keys.length in rule.weights for rule in RULES.values())
             of = f", of {len(rated)} of {rules} metrics" if len(rated) < rules else ""
