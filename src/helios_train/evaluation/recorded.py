@@ -18,7 +18,7 @@ import yaml
 
 from helios_train.errors import InputError
 from helios_train.evaluation.ratings import RULES
-from helios_train.evaluation.results import MERGED
+from helios_train.evaluation.results import MERGED, RECORDS, THROUGHPUT
 from helios_train.evaluation.thinning import Series, Thinned
 from helios_train.run import RunFolder
 
@@ -27,7 +27,6 @@ ALARMS = 10_000  # alarms a page is made of
 LARGEST = 1e30  # size from which a value counts as infinite
 TEXT = 200_000  # characters of a text file that a page shows
 STEM = re.compile(r"(\d{1,12})_(.*)")  # of a sampled video: iteration, what it shows
-RECORDS, THROUGHPUT = "records", "throughput.json"  # of task=evaluate
 ROLES = ("student", "ema", "teacher", "critic")
 
 

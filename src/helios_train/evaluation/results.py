@@ -21,6 +21,7 @@ from helios_train.evaluation.videos import Video
 from helios_train.run import write
 
 MERGED, ALL = "merged_results.json", "all_models_merged.json"
+RECORDS, THROUGHPUT = "records", "throughput.json"
 PUBLISHED = {"motion_amplitude": "motion_fb"}  # what files call a metric, and its score, where that is not its name
 Scored = Sequence[tuple[int, Video, Score]]  # with the video's place in the evaluation
 

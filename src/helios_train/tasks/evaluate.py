@@ -25,7 +25,7 @@ from helios_train.evaluation.frames import BLOCK, Block, Clip
 from helios_train.evaluation.metric import Score
 from helios_train.evaluation.ratings import RULES, throughput_rating
 from helios_train.evaluation.records import Record, Records, key
-from helios_train.evaluation.results import Failure, Mean, mean_of, write_all, write_merged, write_metric
+from helios_train.evaluation.results import RECORDS, THROUGHPUT, Failure, Mean, mean_of, write_all, write_merged, write_metric
 from helios_train.evaluation.throughput import Throughput
 from helios_train.evaluation.videos import Found, Prompt, Video, find, read_prompts
 from helios_train.models.codecs import SECTION_FRAMES
@@ -36,7 +36,7 @@ from helios_train.tasks.progress import Progress
 
 SHORT = 81  # frames of a video that count in a short evaluation
 NAMED = 5  # things a line names before it counts the others
-THROUGHPUT, TOOK, PAGE = "throughput.json", "seconds", "compare.html"
+TOOK, PAGE = "seconds", "compare.html"
 
 
 def run(config: Config, raw: dict[str, Any]) -> None:
@@ -52,14 +52,14 @@ def run(config: Config, raw: dict[str, Any]) -> None:
         print(compare([Path(folder) for folder in wanted.compare], output))
         return
     prompts = read_prompts(Path(wanted.prompts)) if wanted.prompts else None
-    sampled = None if wanted.videos else sample_videos(config, prompts)
-    folder, planned = (sampled.folder, sampled.names) if sampled else (Path(wanted.videos or ""), None)
-    evaluation = Evaluation(wanted, find(folder, prompts, planned), build.device(config), planned)
+    sampled = sample_videos(config, prompts) if wanted.videos is None else None
+    found = find(sampled.folder, prompts, sampled.names) if sampled else find(Path(wanted.videos or ""), prompts)
+    evaluation = Evaluation(wanted, found, build.device(config), sampled.names if sampled else None)
     evaluation.tell()
     evaluation.score()
-    if sampled:
-        sampled.write_throughput(output)
     print("\n".join(evaluation.finish()))
+    if sampled and not evaluation.waits_for():
+        sampled.write_throughput(output)
 
 
 def compare(folders: list[Path], output: Path) -> Path:
@@ -80,7 +80,7 @@ class Evaluation:
         self.mine = [video for video in found.videos if names.index(video.path.stem) % parts == part - 1]
         captions = any(video.text for video in found.videos)
         self.measures, self.left_out = measures.chosen(keys, captions, device)
-        self.records = Records(Path(keys.output) / "records")
+        self.records = Records(Path(keys.output) / RECORDS)
 
     def tell(self) -> None:
         """What is measured, what is not, and why."""
@@ -116,12 +116,17 @@ class Evaluation:
                         raise InputError(f"{_named(video, record)}; repair or remove it, or set evaluate.bad=worst or skip")
                 progress.advance()
 
+    def waits_for(self) -> int:
+        """How many videos other processes still have to sample or to score."""
+        known = ((video, self.records.of(video)) for video in self.found.videos)
+        unscored = sum(not all(self._known(record, each, video) for each in self.measures) for video, record in known)
+        return unscored + len(self.found.unmade)
+
     def finish(self) -> list[str]:
         """Writes the results of all videos that any process has scored; returns lines for people."""
-        known = [(number, video, self.records.of(video)) for number, video in enumerate(self.found.videos)]
-        unscored = sum(not all(self._known(record, each, video) for each in self.measures) for _, video, record in known)
-        if unscored := unscored + len(self.found.unmade):
+        if unscored := self.waits_for():
             return [f"{unscored} videos are other processes' (evaluate.part={self.keys.part}); who is last writes the results"]
+        known = [(number, video, self.records.of(video)) for number, video in enumerate(self.found.videos)]
         output, worst = Path(self.keys.output), self.keys.bad == "worst"
         means: dict[str, Mean] = {}
         bad = [_named(video, record) for _, video, record in known if any(each.name in record.failed for each in self.measures)]
